@@ -1,0 +1,37 @@
+# Each target makes .venv if it is not there and installs what it needs. PYTHON names the interpreter to make it with.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+BACKENDS ?= tensorflow jax torch
+PYTEST_ARGS ?=
+VENV = .venv
+RUN = $(VENV)/bin/python
+export TF_CPP_MIN_LOG_LEVEL ?= 3
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/demo
+	KERAS_BACKEND=tensorflow $(RUN) -m tasks.classification $(DEMO_ARGS)
+
+test: $(VENV)/dev
+	for backend in $(BACKENDS); do echo "== $$backend"; KERAS_BACKEND=$$backend $(RUN) -m pytest $(PYTEST_ARGS) || exit 1; done
+
+lint: $(VENV)/dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --upgrade pip
+
+$(VENV)/demo: $(VENV)/bin/python pyproject.toml
+	$(RUN) -m pip install --quiet --editable ".[tasks]"
+	touch $@
+
+$(VENV)/dev: $(VENV)/bin/python pyproject.toml
+	$(RUN) -m pip install --quiet "$(TORCH)"
+	$(RUN) -m pip install --quiet --editable ".[tasks,jax,torch,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,35 @@
+"""LLaMA in plain Keras 3: backbone, task heads, and the classes that saved files name.
+
+Importing it registers every class, so that `keras.saving.load_model` finds them. On the JAX and
+torch backends it imports no TensorFlow.
+"""
+
+from keras_llama.backbone import LlamaBackbone
+from keras_llama.backend import set_memory_growth
+from keras_llama.config import LlamaConfig, size
+from keras_llama.factory import create_llama_model
+from keras_llama.heads.causal_lm import LlamaCausalLM
+from keras_llama.heads.text_classifier import LlamaTextClassifier
+from keras_llama.layers import LlamaAttention, LlamaBlock, LlamaMLP, LlamaPositions
+from keras_llama.losses import Perplexity
+from keras_llama.preprocessing import TextPreprocessor
+from keras_llama.tokenizer import SentencePieceTokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LlamaAttention",
+    "LlamaBackbone",
+    "LlamaBlock",
+    "LlamaCausalLM",
+    "LlamaConfig",
+    "LlamaMLP",
+    "LlamaPositions",
+    "LlamaTextClassifier",
+    "Perplexity",
+    "SentencePieceTokenizer",
+    "TextPreprocessor",
+    "create_llama_model",
+    "set_memory_growth",
+    "size",
+]

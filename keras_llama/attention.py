@@ -1,0 +1,47 @@
+"""Who attends to whom, and attention itself: functions, no weights.
+
+Shapes: B batch, T query length, S key length, N heads, K key/value heads, H head_dim. A padding
+mask is an integer per token: 0 padding, n = segment n; an ordinary batch holds 0 and 1 only.
+"""
+
+from keras import ops
+
+
+def same_segment(query_segments, key_segments):
+    """True where query and key stand in one segment: (B, T), (B, S) -> bool (B, T, S).
+
+    Padding is a segment of its own: no real token sees it, and a padding token sees padding, so
+    no row of the softmax is ever empty.
+    """
+    return ops.equal(ops.expand_dims(query_segments, 2), ops.expand_dims(key_segments, 1))
+
+
+def not_later(query_columns, key_columns):
+    """True where the key stands at or before the query: (T,), (S,) -> bool (1, T, S)."""
+    return ops.expand_dims(ops.less_equal(key_columns[None, :], query_columns[:, None]), 0)
+
+
+def positions(seen):
+    """Place of each query within its segment, from the keys it sees: bool (B, T, S) -> int32 (B, T).
+
+    `seen` is `same_segment` and `not_later`: counting its keys gives one formula for padding on
+    either side, for packed segments and for a cache.
+    """
+    return ops.sum(ops.cast(seen, "int32"), axis=-1) - 1
+
+
+def attend(query, key, value, mask):
+    """Scaled dot-product attention with grouped keys and values; the only caller of the fused kernel.
+
+    softmax(query key^T / sqrt(H)) value (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762),
+    the softmax in float32 whatever the dtype of the inputs.
+
+    Args:
+        query: (B, T, N, H).
+        key, value: (B, S, K, H); N is a multiple of K (Ainslie et al., 2023, https://arxiv.org/abs/2305.13245).
+        mask: bool (B, T, S), True where the query may look.
+
+    Returns:
+        (B, T, N, H) in the dtype of `query`.
+    """
+    return ops.dot_product_attention(query, key, value, mask=ops.expand_dims(mask, 1))

@@ -1,0 +1,129 @@
+"""LlamaBackbone: token ids -> hidden states, as a functional Keras model."""
+
+import dataclasses
+
+import keras
+
+from keras_llama.config import LlamaConfig
+from keras_llama.layers import LlamaBlock, LlamaPositions, normal_initializer, register
+
+
+class _Stack:
+    """The layers of a backbone and the one loop over its blocks.
+
+    A plain object, because a functional model may hold layers only after its graph is built, and
+    the graph is built by this loop.
+    """
+
+    def __init__(self, config: LlamaConfig, dtype):
+        self.token_embedding = keras.layers.ReversibleEmbedding(
+            config.vocabulary_size,
+            config.hidden_dim,
+            tie_weights=True,  # an untied head belongs to the task that has one
+            embeddings_initializer=normal_initializer(),
+            dtype=dtype,
+            name="token_embedding",
+        )
+        self.embedding_dropout = keras.layers.Dropout(config.dropout, dtype=dtype, name="embedding_dropout")
+        self.positions = LlamaPositions(
+            head_dim=config.head_dim,
+            rope_max_wavelength=config.rope_max_wavelength,
+            rope_scaling=config.rope_scaling,
+            causal=config.causal,
+            dtype=dtype,
+            name="positions",
+        )
+        self.blocks = [
+            LlamaBlock(
+                num_query_heads=config.num_query_heads,
+                num_key_value_heads=config.num_key_value_heads,
+                head_dim=config.head_dim,
+                intermediate_dim=config.intermediate_dim,
+                layer_norm_epsilon=config.layer_norm_epsilon,
+                attention_bias=config.attention_bias,
+                mlp_bias=config.mlp_bias,
+                dropout=config.dropout,
+                dtype=dtype,
+                name=f"block_{i}",
+            )
+            for i in range(config.num_layers)
+        ]
+        self.final_norm = keras.layers.RMSNormalization(
+            epsilon=config.layer_norm_epsilon, dtype=dtype, name="final_norm"
+        )
+
+    def decode(self, token_ids, padding_mask, cache=None, index=0):
+        x = self.embedding_dropout(self.token_embedding(token_ids))
+        cos, sin, mask = self.positions(token_ids, padding_mask, index=index)
+        pairs = []
+        for i, block in enumerate(self.blocks):
+            x, pair = block(x, cos, sin, mask, cache=None if cache is None else cache[i], index=index)
+            pairs.append(pair)
+        return self.final_norm(x), tuple(pairs)
+
+
+@register
+class LlamaBackbone(keras.Model):
+    """The LLaMA stack without a head: token ids and padding mask (B, T) -> hidden states (B, T, D).
+
+    Args: those of `LlamaConfig`, which checks them, and
+        dtype: a Keras dtype policy or its name; `None` takes the global policy.
+
+    Inputs are a dict: `token_ids` int (B, T) and `padding_mask` int (B, T), 0 for padding and n for
+    segment n (0 and 1 in an ordinary batch). Padding may stand on either side.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    >>> backbone = LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
+    >>> ids = np.array([[5, 8, 2]])
+    >>> backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}).shape
+    (1, 3, 128)
+    """
+
+    def __init__(self, *, dtype=None, name=None, trainable=True, **config):
+        checked = LlamaConfig(**config)
+        policy = keras.dtype_policies.get(dtype)
+        stack = _Stack(checked, policy)
+        inputs = {key: keras.Input((None,), dtype="int32", name=key) for key in ("token_ids", "padding_mask")}
+        hidden, _ = stack.decode(**inputs)
+        super().__init__(inputs=inputs, outputs=hidden, name=name, trainable=trainable)
+        self.dtype_policy = policy
+        self.config = checked
+        self._stack = stack
+
+    @property
+    def token_embedding(self):
+        """The embedding layer; called with `reverse=True` it is the tied language-model head."""
+        return self._stack.token_embedding
+
+    @property
+    def blocks(self):
+        """The `LlamaBlock`s, first to last."""
+        return list(self._stack.blocks)
+
+    def decode(self, token_ids, padding_mask, cache=None, index=0):
+        """Runs the blocks with or without a cache: a full forward, a prefill, or a step.
+
+        Args:
+            token_ids: int (B, T).
+            padding_mask: int (B, S), a column per key: S is T without a cache, its length with one.
+            cache: `None`, or what `cache.make` or an earlier call returned.
+            index: first column that `token_ids` stand at; int or scalar tensor.
+
+        Returns:
+            Hidden states (B, T, D) after the final norm, and a (key, value) pair per block.
+        """
+        return self._stack.decode(token_ids, padding_mask, cache, index)
+
+    def get_config(self):
+        return {
+            **dataclasses.asdict(self.config),
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)

@@ -1,0 +1,27 @@
+"""The key/value cache: a plain tuple of (key, value) pairs, one per block, each (B, S, K, H).
+
+Cache in, cache out: nothing here changes its argument.
+"""
+
+from keras import ops
+
+from keras_llama.config import LlamaConfig
+
+
+def make(config: LlamaConfig, batch_size, length, dtype="float32"):
+    """An empty cache for `length` columns: `num_layers` pairs of zeros (B, S, K, H)."""
+    shape = (batch_size, length, config.num_key_value_heads, config.head_dim)
+    return tuple((ops.zeros(shape, dtype), ops.zeros(shape, dtype)) for _ in range(config.num_layers))
+
+
+def append(pair, key, value, index):
+    """Writes new keys and values (B, T, K, H) at column `index` of one block's pair (B, S, K, H)."""
+    start = [0, index, 0, 0]
+    return tuple(
+        ops.slice_update(old, start, ops.cast(new, old.dtype)) for old, new in zip(pair, (key, value), strict=True)
+    )
+
+
+def reorder(cache, rows):
+    """The cache with batch row i taken from `rows[i]` (B,), as beam search needs it."""
+    return tuple(tuple(ops.take(x, rows, axis=0) for x in pair) for pair in cache)

@@ -1,0 +1,116 @@
+"""create_llama_model: a LLaMA as a plain Keras model over registered layers, ready for `compile` and `fit`.
+
+Shapes: B batch, T tokens, D hidden, V vocabulary, C classes.
+"""
+
+import keras
+from keras import ops
+
+from keras_llama.backbone import LlamaBackbone
+from keras_llama.config import invalid
+from keras_llama.config import size as named_size
+from keras_llama.heads.text_classifier import Pooling
+from keras_llama.layers import normal_initializer, register
+
+TASKS = ("language_model", "classification", "regression")
+
+
+@register
+class PaddingMask(keras.layers.Layer):
+    """Token ids (B, T) -> padding mask int32 (B, T): 0 where the id is 0, else 1."""
+
+    def call(self, token_ids):
+        return ops.cast(ops.not_equal(token_ids, 0), "int32")
+
+
+@register
+class MaskPadding(keras.layers.Layer):
+    """[hidden states (B, T, D), padding mask (B, T)] -> the hidden states, carrying the mask as Keras' own.
+
+    Keras' losses and metrics then take the mean over the real tokens.
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+    def call(self, inputs):
+        return inputs[0]
+
+    def compute_mask(self, inputs, previous_mask=None):
+        return ops.not_equal(inputs[1], 0)
+
+
+def create_llama_model(
+    task="language_model",
+    *,
+    vocabulary_size=10_000,
+    num_classes=None,
+    sequence_length=None,
+    size="tiny",
+    dropout=0.0,
+    pooling="mean",
+    dtype=None,
+):
+    """A plain functional `keras.Model`: token ids (B, T), 0 = padding on either side -> probabilities.
+
+    It takes what Keras' own models take: string losses and metrics, `.keras` and `.h5` files.
+    For raw strings, text generation and checkpoints use the task classes instead.
+
+    Args:
+        task: "language_model", causal, -> probabilities of the next token (B, T, V);
+            "classification", bidirectional, -> probabilities (B, C);
+            "regression", bidirectional, -> numbers (B, C).
+        vocabulary_size: V, number of token ids, 0 (padding) included.
+        num_classes: C; needed for classification, 1 unless given for regression.
+        sequence_length: T, or `None` for any length.
+        size: a named size: "tiny", "small", "base", or "0.3m" to "1b" parameters in the blocks.
+        dropout: rate on embeddings, sub-layer outputs and the pooled vector while training.
+        pooling: "mean" of the real tokens or "last" one; classification and regression.
+        dtype: a Keras dtype policy or its name; outputs are float32 under any.
+
+    Raises:
+        ValueError: for an unknown task, size or pooling, or a number out of range.
+
+    >>> model = keras_llama.create_llama_model(task="classification", num_classes=3, sequence_length=100)
+    >>> model.compile(optimizer="adam", loss="sparse_categorical_crossentropy", metrics=["accuracy"])
+    >>> model.predict(np.ones((2, 100)), verbose=0).shape
+    (2, 3)
+    """
+    if task not in TASKS:
+        raise invalid(f"`task` must be one of {list(TASKS)}.", task=task)
+    if sequence_length is not None and (not isinstance(sequence_length, int) or sequence_length < 1):
+        raise invalid("`sequence_length` must be a positive integer or None.", sequence_length=sequence_length)
+    outputs = _number_of_outputs(task, vocabulary_size, num_classes)
+    token_ids = keras.Input((sequence_length,), dtype="int32", name="token_ids")
+    padding_mask = PaddingMask(name="padding_mask", dtype=dtype)(token_ids)
+    backbone = LlamaBackbone(
+        vocabulary_size=vocabulary_size,
+        **named_size(size),
+        dropout=dropout,
+        causal=task == "language_model",
+        dtype=dtype,
+        name="backbone",
+    )
+    x = backbone({"token_ids": token_ids, "padding_mask": padding_mask})
+    if task == "language_model":
+        x = MaskPadding(name="mask_padding", dtype=dtype)([x, padding_mask])
+    else:
+        x = Pooling(pooling, name="pooling", dtype=dtype)(x, padding_mask)
+        x = keras.layers.Dropout(dropout, name="pooled_dropout", dtype=dtype)(x)
+    activation = None if task == "regression" else "softmax"
+    head = keras.layers.Dense(
+        outputs, activation=activation, kernel_initializer=normal_initializer(), dtype="float32", name="output"
+    )
+    return keras.Model(token_ids, head(x), name=f"llama_{task}")
+
+
+def _number_of_outputs(task, vocabulary_size, num_classes):
+    if task == "language_model":
+        return vocabulary_size
+    if num_classes is None and task == "regression":
+        return 1
+    fewest = 2 if task == "classification" else 1
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < fewest:
+        raise invalid(f"`num_classes` must be an integer of at least {fewest}.", num_classes=num_classes, task=task)
+    return num_classes

@@ -1,0 +1,305 @@
+"""Task: the one base class of the heads. Raw strings in `fit`, `evaluate` and `predict`.
+
+Shapes: B batch, T tokens, V vocabulary.
+"""
+
+import functools
+import os
+import pathlib
+
+import keras
+import numpy as np
+
+from keras_llama import backend
+from keras_llama.config import invalid
+from keras_llama.preprocessing import Batches, StreamedBatches, check_texts
+
+
+class Task(keras.Model):
+    """A functional model on a backbone that takes strings, or token ids.
+
+    Token ids are a dict of `token_ids` and `padding_mask` (B, T), or an int array (B, T) without
+    padding. A head gives its graph to the constructor and overrides what differs:
+        `default_loss`, `default_metrics`: what `compile()` without arguments uses,
+        `losses_by_name`, `metrics_by_name`: what strings mean for its outputs, which are logits,
+        `check_targets`: the targets of so many rows, checked and turned into an array,
+        `finish_batch`: (inputs, targets, weights) of a padded batch, completed.
+    """
+
+    def __init__(self, backbone, preprocessor, outputs, **kwargs):
+        super().__init__(inputs=backbone.input, outputs=outputs, **kwargs)
+        self.backbone = backbone
+        self.preprocessor = preprocessor
+        self.dtype_policy = backbone.dtype_policy
+        if preprocessor is not None and preprocessor.tokenizer.proto is not None:
+            self._check_vocabulary()
+
+    def default_loss(self):
+        raise NotImplementedError
+
+    def default_metrics(self):
+        return {"metrics": None, "weighted_metrics": None}
+
+    def losses_by_name(self):
+        return {}
+
+    def metrics_by_name(self):
+        return {}
+
+    def check_targets(self, y, rows, training=False):
+        raise NotImplementedError
+
+    def finish_batch(self, inputs, y=None, sample_weight=None):
+        return inputs, y, sample_weight
+
+    def compile(
+        self, optimizer="auto", loss="auto", *, metrics="auto", weighted_metrics="auto", jit_compile="auto", **kwargs
+    ):
+        """Keras' `compile` with defaults that train; a loss given by name is taken in its form for logits.
+
+        Args:
+            optimizer: name or object; "auto" is AdamW at 1e-3, weight decay 0.01, gradient norm at most 1.
+            loss: name or object; "auto" is the task's own.
+            metrics, weighted_metrics: lists; "auto" are the task's own.
+            jit_compile: True, False or "auto" (see docs/gpu.md).
+
+        Raises:
+            ValueError: for a loss object that expects probabilities, or an unknown `jit_compile`.
+        """
+        if isinstance(optimizer, str) and optimizer == "auto":
+            optimizer = keras.optimizers.AdamW(1e-3, weight_decay=0.01, global_clipnorm=1.0)
+        if isinstance(loss, str):
+            loss = self.default_loss() if loss == "auto" else self.losses_by_name().get(loss, loss)
+        if isinstance(loss, keras.losses.Loss) and loss.get_config().get("from_logits") is False:
+            raise invalid(
+                "`loss` must be built with from_logits=True, because a task returns logits.",
+                "Or give the loss by name.",
+                loss=loss,
+            )
+        own, named = self.default_metrics(), self.metrics_by_name()
+        metrics = own["metrics"] if metrics == "auto" else metrics
+        weighted_metrics = own["weighted_metrics"] if weighted_metrics == "auto" else weighted_metrics
+        super().compile(
+            optimizer=optimizer,
+            loss=loss,
+            metrics=metrics and [named.get(m, m) if isinstance(m, str) else m for m in metrics],
+            weighted_metrics=weighted_metrics,
+            jit_compile=backend.resolve_jit(jit_compile),
+            **kwargs,
+        )
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+    def fit(
+        self,
+        x=None,
+        y=None,
+        batch_size=None,
+        epochs=1,
+        *,
+        sample_weight=None,
+        validation_data=None,
+        validation_split=0.0,
+        shuffle=True,
+        **kwargs,
+    ):
+        """Keras' `fit` on raw texts, on token ids, or on a `keras.utils.PyDataset` of batches of either.
+
+        Args:
+            x: list or array of strings; or token ids; or a `PyDataset` of (texts, targets[, weights]).
+            y: targets, as the task defines them.
+            batch_size: rows per step; 32 unless given.
+            sample_weight: a weight per row (B,).
+            validation_data: (x, y) or (x, y, sample_weight) in the same forms, or a `PyDataset`.
+            validation_split: last share of the rows to hold out, for lists and arrays.
+            **kwargs: everything else that Keras' `fit` takes.
+
+        Raises:
+            ValueError: for a text that is empty or no string, or targets that do not fit, named by row.
+        """
+        if validation_split:
+            (x, y, sample_weight), validation_data = _hold_out(validation_split, x, y, sample_weight)
+        seed = int(np.random.randint(2**31)) if shuffle else None  # from `keras.utils.set_random_seed`
+        data = self._dataset(x, y, sample_weight, batch_size, shuffle_seed=seed, training=True)
+        if validation_data is not None:
+            parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
+            validation_data = self._dataset(*parts, batch_size=batch_size, argument="validation_data")
+        return super().fit(data, epochs=epochs, shuffle=False, validation_data=validation_data, **kwargs)
+
+    def evaluate(self, x=None, y=None, batch_size=None, *, sample_weight=None, **kwargs):
+        """Keras' `evaluate` on what `fit` takes."""
+        return super().evaluate(self._dataset(x, y, sample_weight, batch_size), **kwargs)
+
+    def predict(self, x, batch_size=None, **kwargs):
+        """Logits, float32, a row for each text or row of token ids, in their order."""
+        if isinstance(x, keras.utils.PyDataset):
+            return super().predict(self._dataset(x, predicting=True), **kwargs)
+        inputs, lengths = self._rows(x, one_length=len(self.output_shape) == 3)
+        batches = Batches(inputs, lengths, lambda inputs, *_: (inputs,), batch_size=batch_size or 32)
+        outputs = super().predict(backend.stream(batches), **kwargs)
+        restored = np.empty_like(outputs)
+        restored[batches.order] = outputs
+        return restored
+
+    def save(self, filepath, overwrite=True, **kwargs):
+        """Keras' `save` to a `.keras` file, written beside and renamed, so that a former file stays whole.
+
+        Raises:
+            ValueError: for another ending; `.h5` cannot hold the vocabulary and the optimiser.
+        """
+        path = pathlib.Path(filepath)
+        if path.suffix != ".keras":
+            raise invalid(
+                "`filepath` must end in .keras.",
+                "A task holds more than an .h5 file can: its vocabulary, and the state of its optimiser.",
+                filepath=str(filepath),
+            )
+        if path.exists() and not overwrite:
+            raise invalid("`filepath` must not exist when overwrite=False.", filepath=str(filepath))
+        unfinished = path.with_name(f".{path.stem}.unfinished.keras")
+        try:
+            super().save(unfinished, **kwargs)
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
+
+    def save_assets(self, directory):
+        if self.preprocessor is not None:
+            self.preprocessor.tokenizer.save_assets(directory)
+
+    def load_assets(self, directory):
+        if self.preprocessor is not None:
+            self.preprocessor.tokenizer.load_assets(directory)
+            self._check_vocabulary()
+
+    def get_config(self):
+        return {
+            "backbone": keras.saving.serialize_keras_object(self.backbone),
+            "preprocessor": keras.saving.serialize_keras_object(self.preprocessor),
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        nested = {key: keras.saving.deserialize_keras_object(config[key]) for key in ("backbone", "preprocessor")}
+        return cls(**{**config, **nested})
+
+    def _dataset(self, x, y=None, sample_weight=None, batch_size=None, *, shuffle_seed=None, **options):
+        """The user's data as a dataset of finished batches; all that is in memory is checked here."""
+        if isinstance(x, (Batches, StreamedBatches)) or backend.is_stream(x):
+            return x  # finished already: `fit` hands its validation data to `evaluate`
+        if isinstance(x, keras.utils.PyDataset):
+            warn = (lambda cut: None) if self.preprocessor is None else self.preprocessor.warn_of_cut
+            prepare = functools.partial(self._prepare, predicting=options.get("predicting", False))
+            return backend.stream(StreamedBatches(x, prepare, warn, shuffle_seed))
+        inputs, lengths = self._rows(x, options.get("argument", "x"))
+        batches = Batches(
+            inputs,
+            lengths,
+            finish=lambda *batch: _without_none(self.finish_batch(*batch)),
+            targets=self.check_targets(y, len(lengths), training=options.get("training", False)),
+            sample_weight=_weights(sample_weight, len(lengths)),
+            batch_size=batch_size or 32,
+            shuffle_seed=shuffle_seed,
+        )
+        return backend.stream(batches)
+
+    def _rows(self, x, argument="x", one_length=False):
+        """A function from row numbers to inputs, and the tokens of each row, for texts or token ids."""
+        if self.preprocessor is None or _is_token_ids(x):
+            arrays = self._token_ids(x, argument)
+            rows = len(arrays["token_ids"])
+            return lambda chosen: {key: value[chosen] for key, value in arrays.items()}, np.zeros(rows)
+        rows = self.preprocessor.encode(check_texts(x, argument))
+        lengths = np.array([len(row) for row in rows])
+        longest = int(lengths.max()) if one_length else None
+        return lambda chosen: self.preprocessor.pad([rows[i] for i in chosen], longest), lengths
+
+    def _prepare(self, x, y=None, sample_weight=None, *, cut, predicting):
+        """One batch of a user's `PyDataset`, tokenized and finished."""
+        if self.preprocessor is None or _is_token_ids(x):
+            inputs = self._token_ids(x)
+        else:
+            inputs = self.preprocessor.pad(self.preprocessor.encode(check_texts(x), cut))
+        if predicting:
+            return (inputs,)
+        rows = len(inputs["token_ids"])
+        return _without_none(self.finish_batch(inputs, self.check_targets(y, rows), _weights(sample_weight, rows)))
+
+    def _token_ids(self, x, argument="x"):
+        """Token ids as the graph takes them: int32 arrays (B, T), every id inside the vocabulary."""
+        given = x if isinstance(x, dict) else {"token_ids": x}
+        if "token_ids" not in given or set(given) - {"token_ids", "padding_mask"}:
+            raise invalid(f"`{argument}` must have the keys token_ids and padding_mask.", **{argument: sorted(given)})
+        try:
+            arrays = {key: np.asarray(value) for key, value in given.items()}
+        except ValueError as error:
+            raise invalid(f"`{argument}` must be an int array (B, T).", "Pad its rows to one length.") from error
+        ids = arrays["token_ids"]
+        if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise invalid(
+                f"`{argument}` must hold token ids, an int array (B, T) that is not empty.",
+                "Give the task a preprocessor to pass strings." if self.preprocessor is None else "",
+                shape=ids.shape,
+                dtype=str(ids.dtype),
+            )
+        mask = arrays.setdefault("padding_mask", np.ones_like(ids))
+        if mask.shape != ids.shape:
+            raise invalid("`padding_mask` must have the shape of `token_ids`.", shape=mask.shape, expected=ids.shape)
+        size = self.backbone.config.vocabulary_size
+        if ids.min() < 0 or ids.max() >= size:
+            raise invalid(
+                f"`{argument}` must hold token ids from 0 to {size - 1}, the backbone's vocabulary.",
+                smallest=int(ids.min()),
+                largest=int(ids.max()),
+            )
+        return {key: value.astype("int32") for key, value in arrays.items()}
+
+    def _check_vocabulary(self):
+        tokens, size = self.preprocessor.tokenizer.vocabulary_size, self.backbone.config.vocabulary_size
+        if tokens > size:
+            raise invalid(
+                "The backbone's `vocabulary_size` must be at least the tokenizer's.",
+                "Build the backbone with `vocabulary_size=tokenizer.vocabulary_size`.",
+                vocabulary_size=size,
+                tokenizer_vocabulary_size=tokens,
+            )
+
+
+def _is_token_ids(x) -> bool:
+    dtype = str(getattr(x, "dtype", ""))
+    return isinstance(x, dict) or ("int" in dtype and len(x.shape) == 2)
+
+
+def _without_none(batch):
+    return tuple(part for part in batch if part is not None)
+
+
+def _weights(sample_weight, rows):
+    if sample_weight is None:
+        return None
+    weights = np.asarray(sample_weight, "float32")
+    if weights.shape != (rows,):
+        raise invalid(f"`sample_weight` must have shape ({rows},), a weight per row.", shape=weights.shape)
+    return weights
+
+
+def _hold_out(share, x, y, sample_weight):
+    """Splits the last `share` of the rows off: ((x, y, w) to train on, (x, y, w) to validate on)."""
+    if not 0 < share < 1 or isinstance(x, keras.utils.PyDataset):
+        raise invalid("`validation_split` must lie in (0, 1) and needs lists or arrays.", validation_split=share)
+    rows = len(x["token_ids"] if isinstance(x, dict) else x)
+    cut = rows - int(rows * share)
+    if cut in (0, rows):
+        raise invalid("`validation_split` must leave a row on both sides.", validation_split=share, rows=rows)
+
+    def part(values, side):
+        if isinstance(values, dict):
+            return {key: part(value, side) for key, value in values.items()}
+        return None if values is None else values[side]
+
+    parts = (x, y, sample_weight)
+    return tuple(part(p, slice(cut)) for p in parts), tuple(part(p, slice(cut, None)) for p in parts)

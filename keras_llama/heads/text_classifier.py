@@ -1,0 +1,271 @@
+"""LlamaTextClassifier: labels of texts on a LLaMA backbone. Shapes: B batch, T tokens, D hidden, C classes."""
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_llama.config import invalid
+from keras_llama.heads.task import Task
+from keras_llama.layers import normal_initializer, register
+
+POOLINGS = ("last", "mean")
+PROBLEM_TYPES = ("single", "multi", "regression")
+
+
+@register
+class Pooling(keras.layers.Layer):
+    """Hidden states (B, T, D) and padding mask (B, T) -> one vector per text (B, D).
+
+    "last" takes the rightmost real token, found by the mask, never by an id; "mean" averages the
+    real tokens in float32. A row of nothing but padding gives column 0, or zeros.
+    """
+
+    def __init__(self, mode="last", **kwargs):
+        if mode not in POOLINGS:
+            raise invalid(f"`pooling` must be one of {list(POOLINGS)}.", pooling=mode)
+        super().__init__(**kwargs)
+        self.mode = mode
+
+    def call(self, hidden, padding_mask):
+        real = ops.cast(ops.greater(padding_mask, 0), "int32")
+        if self.mode == "last":
+            columns = ops.arange(ops.shape(padding_mask)[1], dtype="int32")
+            last = ops.max(real * columns, axis=1)  # (B,)
+            return ops.squeeze(ops.take_along_axis(hidden, last[:, None, None], axis=1), 1)
+        weights = ops.cast(real, "float32")[..., None]
+        total = ops.sum(ops.cast(hidden, "float32") * weights, axis=1)
+        return ops.cast(total / ops.maximum(ops.sum(weights, axis=1), 1.0), hidden.dtype)
+
+    def get_config(self):
+        return {**super().get_config(), "mode": self.mode}
+
+
+@register
+class LlamaTextClassifier(Task):
+    """Texts -> logits (B, C), float32; `classify` gives labels and scores.
+
+    Args:
+        backbone: a `LlamaBackbone`, causal or not.
+        num_classes: C; may be left out where `labels` says it (regression: 1 unless given).
+        labels: names of the classes, in the order of the logits; targets may then be names.
+        problem_type: "single" (one label per text), "multi" (any number of labels) or
+            "regression" (C numbers, mean squared error).
+        preprocessor: a `TextPreprocessor`, or `None` to take token ids.
+        pooling: "last" real token, as `LlamaForSequenceClassification`, or "mean" of the real tokens.
+        dropout: rate on the pooled vector while training.
+
+    Targets: "single" a class number or label name per text, or one-hot rows (B, C); "multi" a list
+    of names per text, or rows of 0 and 1 (B, C); "regression" numbers (B,) or (B, C).
+
+    Raises:
+        ValueError: for fewer than two classes, labels that do not match, or an unknown option.
+
+    >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
+    >>> classifier = keras_llama.LlamaTextClassifier(backbone, num_classes=3)
+    >>> classifier.predict(np.array([[5, 8, 2]]), verbose=0).shape
+    (1, 3)
+    """
+
+    def __init__(
+        self,
+        backbone,
+        num_classes=None,
+        labels=None,
+        problem_type="single",
+        preprocessor=None,
+        pooling="last",
+        dropout=0.0,
+        **kwargs,
+    ):
+        if problem_type not in PROBLEM_TYPES:
+            raise invalid(f"`problem_type` must be one of {list(PROBLEM_TYPES)}.", problem_type=problem_type)
+        labels, num_classes = _check_classes(labels, num_classes, problem_type)
+        policy = backbone.dtype_policy
+        pooled = Pooling(pooling, dtype=policy, name="pooling")(
+            backbone(backbone.input), backbone.input["padding_mask"]
+        )
+        pooled = keras.layers.Dropout(dropout, dtype=policy, name="pooled_dropout")(pooled)
+        logits = keras.layers.Dense(
+            num_classes, use_bias=False, kernel_initializer=normal_initializer(), dtype=policy, name="score"
+        )(pooled)
+        logits = keras.layers.Activation("linear", dtype="float32", name="logits")(logits)
+        super().__init__(backbone, preprocessor, logits, **kwargs)
+        self.num_classes = num_classes
+        self.labels = labels
+        self._label_numbers = {label: i for i, label in enumerate(labels or [])}
+        self.problem_type = problem_type
+        self.pooling = pooling
+        self.dropout = dropout
+
+    def default_loss(self):
+        return {
+            "single": keras.losses.SparseCategoricalCrossentropy(from_logits=True, dtype="float32"),
+            "multi": keras.losses.BinaryCrossentropy(from_logits=True, dtype="float32"),
+            "regression": keras.losses.MeanSquaredError(dtype="float32"),
+        }[self.problem_type]
+
+    def losses_by_name(self):
+        options = {"from_logits": True, "dtype": "float32"}
+        return {
+            "sparse_categorical_crossentropy": keras.losses.SparseCategoricalCrossentropy(**options),
+            "categorical_crossentropy": keras.losses.CategoricalCrossentropy(**options),
+            "binary_crossentropy": keras.losses.BinaryCrossentropy(**options),
+        }
+
+    def default_metrics(self):
+        metrics = ["mean_absolute_error"] if self.problem_type == "regression" else ["accuracy"]
+        return {"metrics": metrics, "weighted_metrics": None}
+
+    def metrics_by_name(self):
+        if self.problem_type != "multi":
+            return {}
+        return {"accuracy": keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)}  # a logit of 0 is 1/2
+
+    def check_targets(self, y, rows, training=False):
+        if y is None:
+            raise invalid("`y` must hold a target for each text.", y=None)
+        y = np.asarray(y) if hasattr(y, "shape") else list(y)
+        if len(y) != rows:
+            raise invalid("`y` must have a row for each text.", texts=rows, targets=len(y))
+        if self.problem_type == "regression":
+            return _numbers(y, (rows, self.num_classes))
+        if self.problem_type == "multi":
+            return self._multi_targets(y, rows)
+        return self._single_targets(y, rows, training)
+
+    def classify(self, texts, batch_size=None):
+        """Labels and scores of texts, one dict each, in their order; a single string gives one dict.
+
+        Args:
+            texts: a string, or a list or array of strings.
+            batch_size: texts per step; 32 unless given.
+
+        Returns:
+            "single": `{"label", "score"}`, the most likely class and its probability.
+            "multi": `{"labels", "scores"}`, the classes of probability 1/2 or more.
+            "regression": `{"score"}`, the number, or the list of C numbers.
+            Labels are names if the classifier has them, else class numbers.
+
+        Raises:
+            ValueError: for a text that is empty or no string.
+        """
+        if isinstance(texts, str):
+            return self.classify([texts], batch_size)[0]
+        logits = self.predict(texts, batch_size=batch_size, verbose=0)
+        if self.problem_type == "regression":
+            return [{"score": row[0] if len(row) == 1 else row} for row in logits.tolist()]
+        names = self.labels or list(range(self.num_classes))
+        rows = ops.convert_to_numpy(self.probabilities(logits))
+        if self.problem_type == "single":
+            return [{"label": names[row.argmax()], "score": float(row.max())} for row in rows]
+        chosen = [np.flatnonzero(row >= 0.5) for row in rows]
+        return [
+            {"labels": [names[i] for i in one], "scores": row[one].tolist()}
+            for one, row in zip(chosen, rows, strict=True)
+        ]
+
+    def probabilities(self, logits):
+        """Logits (B, C) -> probabilities (B, C): softmax, or a sigmoid each for "multi"; numbers stay numbers."""
+        if self.problem_type == "regression":
+            return ops.convert_to_tensor(logits)
+        return ops.softmax(logits, axis=-1) if self.problem_type == "single" else ops.sigmoid(logits)
+
+    def export(self, filepath):
+        """Writes a SavedModel that takes a batch of strings: `serving_default`, texts -> probabilities, labels.
+
+        To be loaded by a process that imports tensorflow and tensorflow_text.
+
+        Raises:
+            ValueError: on another backend than TensorFlow, without a preprocessor, or if `filepath` exists.
+        """
+        from keras_llama.export import saved_model
+
+        saved_model.export_classifier(self, filepath)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_classes": self.num_classes,
+            "labels": self.labels,
+            "problem_type": self.problem_type,
+            "pooling": self.pooling,
+            "dropout": self.dropout,
+        }
+
+    def _class_number(self, target, row):
+        """The class number of one target: a label name, or a number already."""
+        if isinstance(target, (str, bytes)):
+            name = target.decode() if isinstance(target, bytes) else str(target)
+            if self.labels is None or name not in self._label_numbers:
+                raise invalid(
+                    f"`y[{row}]` must be one of `labels`, which is {self.labels}.",
+                    "Pass every label that occurs when building the classifier.",
+                    label=name,
+                )
+            return self._label_numbers[name]
+        number = int(target) if isinstance(target, (int, float, np.number)) and target == target // 1 else -1
+        if not 0 <= number < self.num_classes:
+            raise invalid(f"`y[{row}]` must be a class from 0 to {self.num_classes - 1}.", label=target)
+        return number
+
+    def _single_targets(self, y, rows, training):
+        """Class numbers (B,); or rows of class probabilities (B, C) where the loss asks for them."""
+        wants_rows = isinstance(getattr(self, "loss", None), keras.losses.CategoricalCrossentropy)
+        if np.ndim(y[0]) == 1:
+            shares = _numbers(y, (rows, self.num_classes))
+            numbers = shares.argmax(axis=1)
+            if not wants_rows and not np.array_equal(shares, np.eye(self.num_classes)[numbers]):
+                raise invalid('`y` with rows of class shares needs loss="categorical_crossentropy".', y=shares[0])
+        else:
+            numbers = np.array([self._class_number(target, i) for i, target in enumerate(y)], "int32")
+            shares = np.eye(self.num_classes, dtype="float32")[numbers] if wants_rows else None
+        if training and len(set(numbers.tolist())) < 2:
+            raise invalid("`y` must hold at least two classes to train on.", only_class=int(numbers[0]))
+        return shares if wants_rows else numbers.astype("int32")
+
+    def _multi_targets(self, y, rows):
+        """Rows of 0 and 1 (B, C), from such rows or from a list of label names or class numbers per text."""
+        if hasattr(y, "dtype") and y.dtype.kind in "iufb":
+            targets = _numbers(y, (rows, self.num_classes))
+            if not np.isin(targets, (0, 1)).all():
+                raise invalid("`y` must hold 0 and 1 only.", values=np.unique(targets)[:5].tolist())
+            return targets
+        targets = np.zeros((rows, self.num_classes), "float32")
+        for i, names in enumerate(y):
+            if isinstance(names, (str, bytes)) or not hasattr(names, "__iter__"):
+                raise invalid(f"`y[{i}]` must be a list of labels.", "Put a single label into a list.", labels=names)
+            for name in names:
+                targets[i, self._class_number(name, i)] = 1
+        return targets
+
+
+def _check_classes(labels, num_classes, problem_type):
+    if labels is not None:
+        labels = [str(label) for label in labels]
+        if len(set(labels)) != len(labels) or (num_classes is not None and num_classes != len(labels)):
+            raise invalid("`labels` must be distinct, one for each class.", labels=labels, num_classes=num_classes)
+        num_classes = len(labels)
+    if num_classes is None and problem_type == "regression":
+        num_classes = 1
+    fewest = 2 if problem_type == "single" else 1
+    if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < fewest:
+        raise invalid(
+            f"`num_classes` must be an integer of at least {fewest} for this problem.",
+            "Pass `num_classes` or `labels`.",
+            num_classes=num_classes,
+            labels=labels,
+        )
+    return labels, num_classes
+
+
+def _numbers(y, shape):
+    """Targets as finite float32 numbers of the given shape (B, C); (B,) will do for one class."""
+    try:
+        numbers = np.asarray(y, "float32")
+    except (TypeError, ValueError) as error:
+        raise invalid(f"`y` must hold numbers of shape {shape}.", str(error), y=y[0]) from error
+    if numbers.ndim == 1 and shape[1] == 1:
+        numbers = numbers[:, None]
+    if numbers.shape != shape or not np.isfinite(numbers).all():
+        raise invalid(f"`y` must hold finite numbers of shape {shape}.", shape=numbers.shape)
+    return numbers

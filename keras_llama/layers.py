@@ -1,0 +1,212 @@
+"""The model file: positions, attention, SwiGLU and the LLaMA block as Keras layers.
+
+Touvron et al., 2023 (https://arxiv.org/abs/2302.13971). Shapes: B batch, T query length, S key
+length, D hidden_dim, N heads, K key/value heads, H head_dim, F intermediate_dim.
+"""
+
+import keras
+from keras import ops
+
+from keras_llama import cache as kv_cache
+from keras_llama.attention import attend, not_later, positions, same_segment
+from keras_llama.config import rope_options
+from keras_llama.rope import inverse_frequencies, rotary_angles, rotate
+
+register = keras.saving.register_keras_serializable(package="keras_llama")
+
+
+def normal_initializer():
+    """Normal with standard deviation 0.02, as LLaMA starts every matrix."""
+    return keras.initializers.RandomNormal(stddev=0.02)
+
+
+@register
+class LlamaPositions(keras.layers.Layer):
+    """Padding mask -> rotary cos and sin and the attention mask, computed once per forward.
+
+    Call: `token_ids` (B, T), `padding_mask` (B, S), `index` of the first query among the S columns
+    (0 without a cache, where S == T) -> cos, sin float32 (B, T, H/2), mask bool (B, T, S).
+    """
+
+    def __init__(self, *, head_dim, rope_max_wavelength=10_000.0, rope_scaling=None, causal=True, **kwargs):
+        super().__init__(autocast=False, **kwargs)
+        self.head_dim = head_dim
+        self.rope_max_wavelength = rope_max_wavelength
+        self.rope_scaling = rope_options(rope_scaling)
+        self.causal = causal
+        self.frequencies, self.factor = inverse_frequencies(head_dim, rope_max_wavelength, self.rope_scaling)
+
+    def call(self, token_ids, padding_mask, index=0):
+        segments = ops.cast(padding_mask, "int32")
+        batch, length = ops.shape(token_ids)[0], ops.shape(token_ids)[1]
+        queries = ops.slice(segments, [0, index], [batch, length])
+        mask = same_segment(queries, segments)
+        columns = ops.arange(ops.shape(padding_mask)[1], dtype="int32")
+        seen = ops.logical_and(mask, not_later(ops.arange(length, dtype="int32") + index, columns))
+        cos, sin = rotary_angles(positions(seen), self.frequencies, self.factor)
+        return cos, sin, seen if self.causal else mask
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "head_dim": self.head_dim,
+            "rope_max_wavelength": self.rope_max_wavelength,
+            "rope_scaling": self.rope_scaling,
+            "causal": self.causal,
+        }
+
+
+class _Sublayer(keras.layers.Layer):
+    """A layer of Dense projections that takes float32 angles beside a compute-dtype stream."""
+
+    def __init__(self, **kwargs):
+        kwargs.pop("autocast", None)
+        super().__init__(autocast=False, **kwargs)  # cos and sin must arrive in float32
+
+    def _dense(self, units, use_bias, name):
+        return keras.layers.Dense(
+            units, use_bias=use_bias, kernel_initializer=normal_initializer(), dtype=self.dtype_policy, name=name
+        )
+
+
+@register
+class LlamaAttention(_Sublayer):
+    """Grouped-query self-attention with rotary positions: (B, T, D) -> (B, T, D) and its keys and values.
+
+    Call: `x` (B, T, D); `cos`, `sin` (B, T, H/2) and `mask` (B, T, S) from `LlamaPositions`;
+    `cache`, this block's (key, value) pair (B, S, K, H), and `index`, the column to write at.
+    Returns the output and the (key, value) pair, (B, T, K, H) or (B, S, K, H) with a cache.
+    """
+
+    def __init__(self, *, num_query_heads, num_key_value_heads, head_dim, use_bias=False, **kwargs):
+        super().__init__(**kwargs)
+        self.num_query_heads = num_query_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.use_bias = use_bias
+        self.query = self._dense(num_query_heads * head_dim, use_bias, "query")
+        self.key = self._dense(num_key_value_heads * head_dim, use_bias, "key")
+        self.value = self._dense(num_key_value_heads * head_dim, use_bias, "value")
+
+    def build(self, x_shape):
+        for projection in (self.query, self.key, self.value):
+            projection.build(x_shape)
+        self.attention_output = self._dense(x_shape[-1], self.use_bias, "attention_output")
+        self.attention_output.build((*x_shape[:-1], self.num_query_heads * self.head_dim))
+        self.built = True
+
+    def call(self, x, cos, sin, mask, cache=None, index=0):
+        query = rotate(self._heads(self.query(x), self.num_query_heads), cos, sin)
+        key = rotate(self._heads(self.key(x), self.num_key_value_heads), cos, sin)
+        value = self._heads(self.value(x), self.num_key_value_heads)
+        if cache is not None:
+            key, value = kv_cache.append(cache, key, value, index)
+        heads = attend(query, key, value, mask)
+        merged = ops.reshape(heads, (*ops.shape(x)[:-1], self.num_query_heads * self.head_dim))
+        return self.attention_output(merged), (key, value)
+
+    def _heads(self, x, heads):
+        return ops.reshape(x, (*ops.shape(x)[:-1], heads, self.head_dim))  # (B, T, N*H) -> (B, T, N, H)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_query_heads": self.num_query_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "use_bias": self.use_bias,
+        }
+
+
+@register
+class LlamaMLP(_Sublayer):
+    """SwiGLU (Shazeer, 2020, https://arxiv.org/abs/2002.05202): down(silu(gate(x)) * up(x)), (B, T, D) -> same."""
+
+    def __init__(self, *, intermediate_dim, use_bias=False, **kwargs):
+        super().__init__(**kwargs)
+        self.intermediate_dim = intermediate_dim
+        self.use_bias = use_bias
+        self.gate = self._dense(intermediate_dim, use_bias, "gate")
+        self.up = self._dense(intermediate_dim, use_bias, "up")
+
+    def build(self, x_shape):
+        self.gate.build(x_shape)
+        self.up.build(x_shape)
+        self.down = self._dense(x_shape[-1], self.use_bias, "down")
+        self.down.build((*x_shape[:-1], self.intermediate_dim))
+        self.built = True
+
+    def call(self, x):
+        return self.down(ops.silu(self.gate(x)) * self.up(x))
+
+    def get_config(self):
+        return {**super().get_config(), "intermediate_dim": self.intermediate_dim, "use_bias": self.use_bias}
+
+
+@register
+class LlamaBlock(_Sublayer):
+    """One LLaMA block: x + attention(norm(x)), then x + mlp(norm(x)); arguments as `LlamaAttention`.
+
+    Norms are RMSNorm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467), computed in float32.
+
+    >>> positions = LlamaPositions(head_dim=4)
+    >>> block = LlamaBlock(num_query_heads=2, num_key_value_heads=1, head_dim=4, intermediate_dim=16)
+    >>> ones = keras.ops.ones((1, 3), "int32")
+    >>> x, (key, value) = block(keras.ops.ones((1, 3, 8)), *positions(ones, ones))
+    >>> x.shape, key.shape
+    ((1, 3, 8), (1, 3, 1, 4))
+    """
+
+    def __init__(
+        self,
+        *,
+        num_query_heads,
+        num_key_value_heads,
+        head_dim,
+        intermediate_dim,
+        layer_norm_epsilon=1e-5,
+        attention_bias=False,
+        mlp_bias=False,
+        dropout=0.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.layer_norm_epsilon = layer_norm_epsilon
+        policy = self.dtype_policy
+        self.attention_norm = keras.layers.RMSNormalization(
+            epsilon=layer_norm_epsilon, dtype=policy, name="attention_norm"
+        )
+        self.attention = LlamaAttention(
+            num_query_heads=num_query_heads,
+            num_key_value_heads=num_key_value_heads,
+            head_dim=head_dim,
+            use_bias=attention_bias,
+            dtype=policy,
+            name="attention",
+        )
+        self.mlp_norm = keras.layers.RMSNormalization(epsilon=layer_norm_epsilon, dtype=policy, name="mlp_norm")
+        self.mlp = LlamaMLP(intermediate_dim=intermediate_dim, use_bias=mlp_bias, dtype=policy, name="mlp")
+        self.dropout = keras.layers.Dropout(dropout, dtype=policy, name="dropout")
+
+    def build(self, x_shape):
+        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp, self.dropout):
+            layer.build(x_shape)
+        self.built = True
+
+    def call(self, x, cos, sin, mask, cache=None, index=0):
+        attended, pair = self.attention(self.attention_norm(x), cos, sin, mask, cache=cache, index=index)
+        x = x + self.dropout(attended)
+        return x + self.dropout(self.mlp(self.mlp_norm(x))), pair
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_query_heads": self.attention.num_query_heads,
+            "num_key_value_heads": self.attention.num_key_value_heads,
+            "head_dim": self.attention.head_dim,
+            "intermediate_dim": self.mlp.intermediate_dim,
+            "layer_norm_epsilon": self.layer_norm_epsilon,
+            "attention_bias": self.attention.use_bias,
+            "mlp_bias": self.mlp.use_bias,
+            "dropout": self.dropout.rate,
+        }

@@ -1,0 +1,253 @@
+"""Text -> ids, masks and targets, in plain Python and NumPy, before any dataset of a backend.
+
+Shapes: B batch, T tokens.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_llama.config import invalid
+from keras_llama.layers import register
+
+
+def check_texts(texts: Any, argument: str = "x") -> list[str]:
+    """The texts as a list of strings, or a `ValueError` naming the argument and the row.
+
+    Takes a list, a tuple or an array of strings (UTF-8 bytes count as strings), none of them empty.
+    """
+    if isinstance(texts, (str, bytes)):
+        raise invalid(f"`{argument}` must be a list of strings.", "Put a single text into a list.", **{argument: texts})
+    if hasattr(texts, "numpy"):
+        texts = texts.numpy()
+    if not isinstance(texts, (list, tuple, np.ndarray)):
+        raise invalid(
+            f"`{argument}` must be a list or an array of strings, or a `keras.utils.PyDataset` of such batches.",
+            **{argument: type(texts)},
+        )
+    rows = texts.tolist() if isinstance(texts, np.ndarray) else list(texts)
+    if not rows:
+        raise invalid(f"`{argument}` must hold at least one text.", **{argument: rows})
+    return [_check_text(text, f"{argument}[{i}]") for i, text in enumerate(rows)]
+
+
+def _check_text(text: Any, place: str) -> str:
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise invalid(f"`{place}` must be UTF-8 text.", str(error), text=text) from error
+    if not isinstance(text, str):
+        raise invalid(f"`{place}` must be a string.", text=text)
+    if not text:
+        raise invalid(f"`{place}` must not be empty.", "Drop the row.", text=text)
+    return text
+
+
+@register
+class TextPreprocessor:
+    """Strings -> padded token ids and padding mask.
+
+    Args:
+        tokenizer: a `SentencePieceTokenizer`.
+        sequence_length: longest text in tokens; longer ones are cut at the end, with a warning.
+        add_bos, add_eos: whether a text begins and ends with the tokenizer's special tokens.
+
+    Raises:
+        ValueError: if `sequence_length` leaves no room for a token of the text.
+
+    >>> tokenizer = keras_llama.SentencePieceTokenizer.train(["a good film"], vocabulary_size=280)
+    >>> preprocessor = keras_llama.TextPreprocessor(tokenizer, sequence_length=16)
+    >>> preprocessor(["good", "a film"])["padding_mask"].shape
+    (2, 8)
+    """
+
+    def __init__(self, tokenizer, sequence_length: int = 512, add_bos: bool = True, add_eos: bool = False):
+        specials = int(add_bos) + int(add_eos)
+        if isinstance(sequence_length, bool) or not isinstance(sequence_length, int) or sequence_length <= specials:
+            raise invalid(
+                f"`sequence_length` must be an integer above {specials}, the number of special tokens.",
+                sequence_length=sequence_length,
+            )
+        self.tokenizer = tokenizer
+        self.sequence_length = sequence_length
+        self.add_bos = add_bos
+        self.add_eos = add_eos
+
+    def encode(self, texts: Sequence[str], cut: Counter | None = None) -> list[np.ndarray]:
+        """Token ids of each text, int32 (T_i,), none longer than `sequence_length`.
+
+        What is cut off is warned of, or counted into `cut` for `warn_of_cut` to tell later.
+        """
+        rows = self.tokenizer.encode(texts, add_bos=self.add_bos, add_eos=self.add_eos)
+        over = [len(row) - self.sequence_length for row in rows if len(row) > self.sequence_length]
+        found = Counter(texts=len(rows), cut_texts=len(over), cut_tokens=sum(over))
+        if cut is None:
+            self.warn_of_cut(found)
+        else:
+            cut.update(found)
+        tail = [self.tokenizer.eos_id] if self.add_eos else []
+        keep = self.sequence_length - len(tail)
+        return [np.array(row if len(row) <= self.sequence_length else row[:keep] + tail, "int32") for row in rows]
+
+    def warn_of_cut(self, cut: Counter) -> None:
+        """Warns of the texts and tokens counted in `cut`, if any."""
+        if cut["cut_texts"]:
+            warnings.warn(
+                f"{cut['cut_texts']} of {cut['texts']} texts are longer than sequence_length={self.sequence_length} "
+                f"tokens; {cut['cut_tokens']} tokens were cut off.",
+                stacklevel=2,
+            )
+
+    def pad(self, rows: Sequence[np.ndarray], length: int | None = None) -> dict[str, np.ndarray]:
+        """Rows of ids -> `token_ids` and `padding_mask` (B, T), right-padded to T = `length` or the next bucket."""
+        if length is None:
+            length = min(bucket(max(len(row) for row in rows)), self.sequence_length)
+        token_ids = np.full((len(rows), length), self.tokenizer.pad_id, "int32")
+        padding_mask = np.zeros((len(rows), length), "int32")
+        for i, row in enumerate(rows):
+            token_ids[i, : len(row)] = row
+            padding_mask[i, : len(row)] = 1
+        return {"token_ids": token_ids, "padding_mask": padding_mask}
+
+    def __call__(self, texts: Any) -> dict[str, np.ndarray]:
+        """Strings -> `token_ids` and `padding_mask`, int32 (B, T)."""
+        return self.pad(self.encode(check_texts(texts, "texts")))
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "tokenizer": keras.saving.serialize_keras_object(self.tokenizer),
+            "sequence_length": self.sequence_length,
+            "add_bos": self.add_bos,
+            "add_eos": self.add_eos,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "TextPreprocessor":
+        return cls(**{**config, "tokenizer": keras.saving.deserialize_keras_object(config["tokenizer"])})
+
+
+def bucket(length: int) -> int:
+    """The next of the lengths 8, 16, 24, 32, 48, 64, 96, 128, ...: few shapes to compile, little padding.
+
+    >>> [bucket(n) for n in (1, 20, 33, 100)]
+    [8, 24, 48, 128]
+    """
+    if length <= 8:
+        return 8
+    power = 1 << (length - 1).bit_length()  # smallest power of two >= length
+    return power * 3 // 4 if length <= power * 3 // 4 else power
+
+
+class Batches(keras.utils.PyDataset):
+    """Rows held in memory, batch by batch; texts of like length together, so that little is padded.
+
+    With `shuffle_seed`, each epoch draws a new order from (seed, epoch) and groups rows of like
+    length within it. Without, batches go from the longest row to the shortest; `order` then says
+    which row comes where.
+
+    Args:
+        inputs: row numbers (B,) -> inputs of the model, a dict of arrays (B, T).
+        lengths: tokens of each row.
+        finish: (inputs, targets, sample weights) -> batch; what the task makes of them.
+        targets, sample_weight: arrays with one entry per row, or `None`.
+    """
+
+    _GROUP = 50  # batches sorted by length together: enough to save padding, few enough to stay random
+
+    def __init__(self, inputs, lengths, finish, targets=None, sample_weight=None, batch_size=32, shuffle_seed=None):
+        super().__init__()
+        self.inputs, self.lengths, self.finish = inputs, np.asarray(lengths), finish
+        self.targets, self.sample_weight = targets, sample_weight
+        self.batch_size, self.shuffle_seed = batch_size, shuffle_seed
+        self.order = np.argsort(-self.lengths, kind="stable")
+        self.epoch = 0
+        self._batches = self._draw()
+
+    def __len__(self):
+        return len(self._batches)
+
+    def __getitem__(self, index):
+        rows = self._batches[index]
+        parts = (None if part is None else part[rows] for part in (self.targets, self.sample_weight))
+        return self.finish(self.inputs(rows), *parts)
+
+    def on_epoch_end(self):
+        self.epoch += 1
+        self._batches = self._draw()
+
+    def _draw(self):
+        if self.shuffle_seed is None:
+            return self._split(self.order)
+        generator = np.random.default_rng([self.shuffle_seed, self.epoch])
+        order = generator.permutation(len(self.lengths))
+        batches, group = [], self._GROUP * self.batch_size
+        for start in range(0, len(order), group):
+            part = order[start : start + group]
+            batches += self._split(part[np.argsort(-self.lengths[part], kind="stable")])
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def _split(self, order):
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+
+class StreamedBatches(keras.utils.PyDataset):
+    """A user's `PyDataset` of (inputs, targets[, sample weights]), made ready batch by batch.
+
+    With `shuffle_seed`, each epoch draws a new order of the batches.
+
+    Args:
+        prepare: (inputs, targets, sample weights, cut=counter) -> batch.
+        warn_of_cut: told, after the first epoch, what truncation cut off.
+    """
+
+    def __init__(self, source, prepare, warn_of_cut, shuffle_seed=None):
+        super().__init__(
+            workers=source.workers,
+            use_multiprocessing=source.use_multiprocessing,
+            max_queue_size=source.max_queue_size,
+        )
+        self.source, self.prepare, self.warn_of_cut = source, prepare, warn_of_cut
+        self.shuffle_seed, self.epoch, self.cut = shuffle_seed, 0, Counter()
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        if self.shuffle_seed is not None:
+            index = int(np.random.default_rng([self.shuffle_seed, self.epoch]).permutation(len(self))[index])
+        batch = self.source[index]
+        return self.prepare(*(batch if isinstance(batch, (tuple, list)) else (batch,)), cut=self.cut)
+
+    def on_epoch_begin(self):
+        self.cut.clear()
+        self.source.on_epoch_begin()
+
+    def on_epoch_end(self):
+        if self.epoch == 0:
+            self.warn_of_cut(self.cut)
+        self.epoch += 1
+        self.source.on_epoch_end()
+
+
+def next_token_targets(
+    token_ids: np.ndarray, padding_mask: np.ndarray, sample_weight: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Targets and weights of a language model, both (B, T): each token's successor in its segment.
+
+    The weight is 0 where there is none: at padding and at the last token of a segment. A weight
+    per text (B,) multiplies it.
+
+    >>> next_token_targets(np.array([[5, 6, 7, 0]]), np.array([[1, 1, 1, 0]]))[1]
+    array([[1., 1., 0., 0.]], dtype=float32)
+    """
+    targets = np.concatenate([token_ids[:, 1:], token_ids[:, :1]], axis=1)
+    same = (padding_mask[:, 1:] == padding_mask[:, :-1]) & (padding_mask[:, :-1] > 0)
+    weights = np.pad(same, ((0, 0), (0, 1))).astype("float32")
+    if sample_weight is not None:
+        weights *= np.asarray(sample_weight, "float32").reshape(len(weights), -1)
+    return targets, weights

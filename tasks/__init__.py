@@ -1,0 +1,1 @@
+"""One recipe per task: `python -m tasks.classification`, and so on. They use public names only."""

@@ -1,0 +1,116 @@
+"""What the recipes share: flags, splits, the optimiser, the report, plots, and serving an export."""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+SPLIT_SEED = 0  # the split never changes with --seed, so that scores can be compared
+
+
+class DataError(ValueError):
+    """Bad data or a bad argument; a recipe prints it and leaves with exit code 2."""
+
+
+def parser(task: str, description: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The flags that every recipe takes."""
+    flags = argparse.ArgumentParser(prog=f"python -m tasks.{task}", description=description)
+    flags.add_argument("--data", help="training data; see the formats in docs/tasks.md")
+    flags.add_argument("--test-data", help="test data; without it, 20%% of the data by distinct text")
+    flags.add_argument("--preset", help="start from this saved .keras model instead of from scratch")
+    flags.add_argument("--size", help="size of the blocks, 0.3m ... 1b, tiny, small, base")
+    flags.add_argument("--epochs", type=positive)
+    flags.add_argument("--batch-size", type=positive)
+    flags.add_argument("--learning-rate", type=float)
+    flags.add_argument("--precision", choices=PRECISIONS, default="float32")
+    flags.add_argument("--jit", choices=("on", "off", "auto"), default="auto")
+    flags.add_argument("--seed", type=int, default=0)
+    flags.add_argument("--limit", type=positive, help="use this many rows only, for a quick trial")
+    flags.add_argument("--output-dir", default=f"saved_models/{task}")
+    flags.add_argument("--report", help="where to write the JSON report; default OUTPUT_DIR/metrics.json")
+    flags.set_defaults(**defaults)
+    return flags
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, received {text}")
+    return value
+
+
+def split(rows: list, share: float) -> tuple[list, list]:
+    """Two parts of `rows`, the second with `share` of the distinct texts; equal texts stay together."""
+    texts = sorted({row[0] for row in rows})
+    order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
+    held = {texts[i] for i in order[int(len(texts) * (1 - share)) :]}
+    return [row for row in rows if row[0] not in held], [row for row in rows if row[0] in held]
+
+
+def sample(rows: list, limit: int | None) -> list:
+    """All rows, or `limit` of them, always the same ones."""
+    if limit is None or limit >= len(rows):
+        return rows
+    chosen = np.random.default_rng(SPLIT_SEED).permutation(len(rows))[:limit]
+    return [rows[i] for i in sorted(chosen)]
+
+
+def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:
+    """Writes the report as JSON, beside and then renamed."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
+
+
+def plot_training(path: str | os.PathLike, history: dict[str, Sequence[float]]) -> None:
+    """A picture of each metric over the epochs, training and validation in one frame."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = [name for name in history if f"val_{name}" in history]
+    figure, frames = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), 3.5), squeeze=False)
+    for frame, name in zip(frames[0], names, strict=True):
+        epochs = range(1, len(history[name]) + 1)
+        frame.plot(epochs, history[name], marker="o", label="training")
+        frame.plot(epochs, history[f"val_{name}"], marker="o", label="validation")
+        frame.set(xlabel="epoch", title=name, xticks=list(epochs))
+        frame.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def compile_options(args: argparse.Namespace, rows: int, weight_decay: float) -> dict[str, Any]:
+    """AdamW with a warm-up over a tenth of the steps and a cosine decay, and `--jit`, for `compile`."""
+    import keras
+
+    steps = args.epochs * -(-rows // args.batch_size)
+    rate = keras.optimizers.schedules.CosineDecay(
+        0.0, decay_steps=steps, alpha=0.05, warmup_target=args.learning_rate, warmup_steps=max(1, steps // 10)
+    )
+    return {
+        "optimizer": keras.optimizers.AdamW(rate, weight_decay=weight_decay, global_clipnorm=1.0),
+        "jit_compile": {"on": True, "off": False, "auto": "auto"}[args.jit],
+    }
+
+
+def serve(directory: str | os.PathLike, texts: list[str]) -> dict[str, Any]:
+    """What a fresh process, with tensorflow and tensorflow_text only, gets from an exported model."""
+    script = pathlib.Path(__file__).with_name("serve.py")
+    command = [sys.executable, str(script), str(directory)]
+    served = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
+    if served.returncode:
+        raise RuntimeError(f"The exported model could not be served: {served.stderr[-2000:]}")
+    return json.loads(served.stdout)

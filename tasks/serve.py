@@ -1,0 +1,24 @@
+"""Asks an exported model as a server would, without Keras: JSON list of texts in, JSON answers out.
+
+python tasks/serve.py saved_models/classification/saved_model < texts.json
+"""
+
+import json
+import sys
+
+import tensorflow as tf
+import tensorflow_text  # noqa: F401  registers the operations of the tokenizer
+
+
+def main() -> None:
+    model = tf.saved_model.load(sys.argv[1])
+    answer = model.signatures["serving_default"](tf.constant(json.load(sys.stdin)))
+    loaded = {"keras", "keras_llama", "keras_hub"} & set(sys.modules)
+    if loaded:
+        raise RuntimeError(f"Serving must not need {sorted(loaded)}.")
+    label, probabilities = answer["label"].numpy(), answer["probabilities"].numpy()
+    print(json.dumps({"labels": [name.decode() for name in label], "probabilities": probabilities.tolist()}))
+
+
+if __name__ == "__main__":
+    main()
