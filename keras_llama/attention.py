@@ -44,4 +44,6 @@ def attend(query, key, value, mask):
     Returns:
         (B, T, N, H) in the dtype of `query`.
     """
+    if key.shape[2] == 1:  # Keras' TensorFlow kernel groups any number of key/value heads but one
+        key, value = (ops.repeat(x, query.shape[2], axis=2) for x in (key, value))
     return ops.dot_product_attention(query, key, value, mask=ops.expand_dims(mask, 1))

@@ -40,8 +40,9 @@ def inverse_frequencies(
 def _llama3(frequency: np.ndarray, scaling: dict[str, Any]) -> np.ndarray:
     """Keeps short wavelengths, divides long ones by `factor`, and blends in between."""
     factor, low, high = (np.float32(scaling[k]) for k in ("factor", "low_freq_factor", "high_freq_factor"))
-    context = np.float32(scaling["original_max_position_embeddings"])
-    turns = context / (np.float32(2 * math.pi) / frequency)  # full turns within the original context
+    # Full turns within the original context, by the reciprocals that the reference rounds on its way.
+    one = np.float32(1)
+    turns = one / (one / frequency * np.float32(2 * math.pi)) * np.float32(scaling["original_max_position_embeddings"])
     keep = np.clip((turns - low) / (high - low), 0, 1)
     return ((1 - keep) * frequency / factor + keep * frequency).astype(np.float32)
 

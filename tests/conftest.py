@@ -1,0 +1,76 @@
+"""Shared by all tests. The backend is the one that KERAS_BACKEND names; `make test` runs the three in turn."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_llama
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+@pytest.fixture
+def make_backbone():
+    """A tiny backbone whose weights are large enough to tell one computation from another."""
+
+    def make(**changes):
+        config = {
+            "vocabulary_size": 60,
+            "num_layers": 2,
+            "num_query_heads": 4,
+            "num_key_value_heads": 2,
+            "hidden_dim": 32,
+            "intermediate_dim": 48,
+        }
+        backbone = keras_llama.LlamaBackbone(**{**config, **changes})
+        generator = np.random.default_rng(1)
+        for variable in backbone.variables:
+            noise = generator.normal(0, 0.3, variable.shape)
+            variable.assign((1 + noise) if "norm" in variable.path else noise)
+        return backbone
+
+    return make
+
+
+@pytest.fixture
+def tokenizer():
+    texts = ["a good film", "a bad film", "很好的电影", "很差的电影", "what a film it is"] * 4
+    return keras_llama.SentencePieceTokenizer.train(texts, vocabulary_size=300)
+
+
+@pytest.fixture
+def run_python():
+    """Runs a program in a fresh process, on the backend of this one unless told otherwise; returns what it prints."""
+
+    def run(code, *arguments, backend=None, check=True):
+        environment = {**os.environ, "KERAS_BACKEND": backend or keras.config.backend(), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+        assert not check or done.returncode == 0, done.stderr[-3000:]
+        return done.stdout if check else done
+
+    return run
+
+
+@pytest.fixture
+def shared_data():
+    """The folder of real data, `$KERAS_LLAMA_DATA` or `../shared/data`; the test is skipped without it."""
+    path = pathlib.Path(os.environ.get("KERAS_LLAMA_DATA", ROOT.parent / "shared" / "data"))
+    if not path.is_dir():
+        pytest.skip(f"needs real data at {path} or $KERAS_LLAMA_DATA")
+    return path
