@@ -77,7 +77,7 @@ class LlamaBackbone(keras.Model):
 
     >>> backbone = LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
     >>> ids = np.array([[5, 8, 2]])
-    >>> backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}).shape
+    >>> tuple(backbone({"token_ids": ids, "padding_mask": np.ones_like(ids)}).shape)
     (1, 3, 128)
     """
 

@@ -5,11 +5,11 @@ import math
 from typing import Any
 
 
-def invalid(expected: str, hint: str = "", **received: Any) -> ValueError:
+def invalid(expected: str, hint: str = "", /, **received: Any) -> ValueError:
     """A `ValueError` that says what was expected, what came, and what to do.
 
-    >>> raise invalid("`rate` must lie in [0, 1).", "Pass 0 to switch it off.", rate=2)
-    ValueError: `rate` must lie in [0, 1). Received: rate=2. Pass 0 to switch it off.
+    >>> print(invalid("`rate` must lie in [0, 1).", "Pass 0 to switch it off.", rate=2))
+    `rate` must lie in [0, 1). Received: rate=2. Pass 0 to switch it off.
     """
     values = ", ".join(f"{name}={value!r}" for name, value in received.items())
     return ValueError(" ".join(part for part in (expected, f"Received: {values}.", hint) if part))

@@ -41,6 +41,40 @@ class MaskPadding(keras.layers.Layer):
         return ops.not_equal(inputs[1], 0)
 
 
+@register
+class LlamaModel(keras.Model):
+    """A functional Keras model that every file format keeps whole, as `create_llama_model` returns it."""
+
+    def compile(self, optimizer="rmsprop", loss=None, *args, **kwargs):
+        """Keras' `compile`; "mse" and its like become objects, because Keras cannot load their names from .h5."""
+        if isinstance(loss, str):
+            loss = _REGRESSION_LOSSES[loss]() if loss in _REGRESSION_LOSSES else loss
+        super().compile(optimizer, loss, *args, **kwargs)
+
+    def get_compile_config(self):
+        """Names the optimiser even after a save to .h5, which takes it out of Keras' own settings."""
+        config = super().get_compile_config()
+        return {"optimizer": keras.saving.serialize_keras_object(self.optimizer), **config} if config else config
+
+    def compile_from_config(self, config):
+        self.compile(**keras.saving.deserialize_keras_object(config))
+        self.optimizer.build(self.trainable_variables)
+
+
+keras.saving.get_custom_objects()["LlamaModel"] = LlamaModel  # an .h5 file names the class without its package
+
+_REGRESSION_LOSSES = {
+    "mse": keras.losses.MeanSquaredError,
+    "mean_squared_error": keras.losses.MeanSquaredError,
+    "mae": keras.losses.MeanAbsoluteError,
+    "mean_absolute_error": keras.losses.MeanAbsoluteError,
+    "mape": keras.losses.MeanAbsolutePercentageError,
+    "mean_absolute_percentage_error": keras.losses.MeanAbsolutePercentageError,
+    "msle": keras.losses.MeanSquaredLogarithmicError,
+    "mean_squared_logarithmic_error": keras.losses.MeanSquaredLogarithmicError,
+}
+
+
 def create_llama_model(
     task="language_model",
     *,
@@ -52,7 +86,7 @@ def create_llama_model(
     pooling="mean",
     dtype=None,
 ):
-    """A plain functional `keras.Model`: token ids (B, T), 0 = padding on either side -> probabilities.
+    """A functional Keras model over registered layers: token ids (B, T), 0 = padding on either side -> probabilities.
 
     It takes what Keras' own models take: string losses and metrics, `.keras` and `.h5` files.
     For raw strings, text generation and checkpoints use the task classes instead.
@@ -102,7 +136,7 @@ def create_llama_model(
     head = keras.layers.Dense(
         outputs, activation=activation, kernel_initializer=normal_initializer(), dtype="float32", name="output"
     )
-    return keras.Model(token_ids, head(x), name=f"llama_{task}")
+    return LlamaModel(token_ids, head(x), name=f"llama_{task}")
 
 
 def _number_of_outputs(task, vocabulary_size, num_classes):

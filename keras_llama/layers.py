@@ -26,6 +26,11 @@ class LlamaPositions(keras.layers.Layer):
 
     Call: `token_ids` (B, T), `padding_mask` (B, S), `index` of the first query among the S columns
     (0 without a cache, where S == T) -> cos, sin float32 (B, T, H/2), mask bool (B, T, S).
+
+    >>> ones = np.ones((1, 3), "int32")
+    >>> cos, sin, mask = LlamaPositions(head_dim=4)(ones, ones)
+    >>> keras.ops.convert_to_numpy(mask)[0].astype(int).tolist()
+    [[1, 0, 0], [1, 1, 0], [1, 1, 1]]
     """
 
     def __init__(self, *, head_dim, rope_max_wavelength=10_000.0, rope_scaling=None, causal=True, **kwargs):
@@ -76,6 +81,12 @@ class LlamaAttention(_Sublayer):
     Call: `x` (B, T, D); `cos`, `sin` (B, T, H/2) and `mask` (B, T, S) from `LlamaPositions`;
     `cache`, this block's (key, value) pair (B, S, K, H), and `index`, the column to write at.
     Returns the output and the (key, value) pair, (B, T, K, H) or (B, S, K, H) with a cache.
+
+    >>> ones = np.ones((1, 3), "int32")
+    >>> attention = LlamaAttention(num_query_heads=2, num_key_value_heads=1, head_dim=4)
+    >>> x, (key, value) = attention(np.ones((1, 3, 8), "float32"), *LlamaPositions(head_dim=4)(ones, ones))
+    >>> tuple(x.shape), tuple(key.shape)
+    ((1, 3, 8), (1, 3, 1, 4))
     """
 
     def __init__(self, *, num_query_heads, num_key_value_heads, head_dim, use_bias=False, **kwargs):
@@ -120,7 +131,11 @@ class LlamaAttention(_Sublayer):
 
 @register
 class LlamaMLP(_Sublayer):
-    """SwiGLU (Shazeer, 2020, https://arxiv.org/abs/2002.05202): down(silu(gate(x)) * up(x)), (B, T, D) -> same."""
+    """SwiGLU (Shazeer, 2020, https://arxiv.org/abs/2002.05202): down(silu(gate(x)) * up(x)), (B, T, D) -> same.
+
+    >>> tuple(LlamaMLP(intermediate_dim=16)(np.ones((1, 3, 8), "float32")).shape)
+    (1, 3, 8)
+    """
 
     def __init__(self, *, intermediate_dim, use_bias=False, **kwargs):
         super().__init__(**kwargs)
@@ -151,9 +166,9 @@ class LlamaBlock(_Sublayer):
 
     >>> positions = LlamaPositions(head_dim=4)
     >>> block = LlamaBlock(num_query_heads=2, num_key_value_heads=1, head_dim=4, intermediate_dim=16)
-    >>> ones = keras.ops.ones((1, 3), "int32")
-    >>> x, (key, value) = block(keras.ops.ones((1, 3, 8)), *positions(ones, ones))
-    >>> x.shape, key.shape
+    >>> ones = np.ones((1, 3), "int32")
+    >>> x, (key, value) = block(np.ones((1, 3, 8), "float32"), *positions(ones, ones))
+    >>> tuple(x.shape), tuple(key.shape)
     ((1, 3, 8), (1, 3, 1, 4))
     """
 

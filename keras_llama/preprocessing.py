@@ -201,8 +201,8 @@ class StreamedBatches(keras.utils.PyDataset):
     With `shuffle_seed`, each epoch draws a new order of the batches.
 
     Args:
-        prepare: (inputs, targets, sample weights, cut=counter) -> batch.
-        warn_of_cut: told, after the first epoch, what truncation cut off.
+        prepare: (inputs, targets, sample weights, cut=counter) -> batch; counts what truncation cut off.
+        warn_of_cut: told the counts of all batches after the first epoch.
     """
 
     def __init__(self, source, prepare, warn_of_cut, shuffle_seed=None):
@@ -212,7 +212,8 @@ class StreamedBatches(keras.utils.PyDataset):
             max_queue_size=source.max_queue_size,
         )
         self.source, self.prepare, self.warn_of_cut = source, prepare, warn_of_cut
-        self.shuffle_seed, self.epoch, self.cut = shuffle_seed, 0, Counter()
+        self.shuffle_seed, self.epoch = shuffle_seed, 0
+        self.cut: dict[int, Counter] = {}  # by batch, because a backend may look at one twice
 
     def __len__(self):
         return len(self.source)
@@ -220,16 +221,15 @@ class StreamedBatches(keras.utils.PyDataset):
     def __getitem__(self, index):
         if self.shuffle_seed is not None:
             index = int(np.random.default_rng([self.shuffle_seed, self.epoch]).permutation(len(self))[index])
-        batch = self.source[index]
-        return self.prepare(*(batch if isinstance(batch, (tuple, list)) else (batch,)), cut=self.cut)
+        batch, self.cut[index] = self.source[index], Counter()
+        return self.prepare(*(batch if isinstance(batch, (tuple, list)) else (batch,)), cut=self.cut[index])
 
     def on_epoch_begin(self):
-        self.cut.clear()
         self.source.on_epoch_begin()
 
     def on_epoch_end(self):
         if self.epoch == 0:
-            self.warn_of_cut(self.cut)
+            self.warn_of_cut(sum(self.cut.values(), Counter()))
         self.epoch += 1
         self.source.on_epoch_end()
 

@@ -57,10 +57,15 @@ def tokenizer():
 def run_python():
     """Runs a program in a fresh process, on the backend of this one unless told otherwise; returns what it prints."""
 
-    def run(code, *arguments, backend=None, check=True):
-        environment = {**os.environ, "KERAS_BACKEND": backend or keras.config.backend(), "TF_CPP_MIN_LOG_LEVEL": "3"}
+    def run(code, *arguments, backend=None, check=True, cwd=ROOT):
+        environment = {
+            **os.environ,
+            "KERAS_BACKEND": backend or keras.config.backend(),
+            "PYTHONPATH": str(ROOT),
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        }
         command = [sys.executable, "-c", code, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, check=False)
         assert not check or done.returncode == 0, done.stderr[-3000:]
         return done.stdout if check else done
 

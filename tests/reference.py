@@ -163,7 +163,7 @@ def gradients(model, inputs, loss):
             outputs, _ = model.stateless_call(weights, model.non_trainable_variables, inputs)
             return loss(outputs)
 
-        value, found = jax.value_and_grad(of_weights)([variable.value for variable in variables])
+        value, found = jax.jit(jax.value_and_grad(of_weights))([variable.value for variable in variables])
     else:
         for variable in variables:
             variable.value.grad = None

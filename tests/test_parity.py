@@ -57,8 +57,7 @@ def test_each_block(models, inputs):
     mask = inputs["padding_mask"]
     states = []
     hooks = [
-        layer.register_forward_hook(lambda _, args, out: states.append((args[0], out)))
-        for layer in theirs.model.layers
+        layer.register_forward_hook(lambda _, args, out: states.append((args[0], out))) for layer in theirs.model.layers
     ]
     with torch.no_grad():
         theirs(**hf_inputs(inputs))

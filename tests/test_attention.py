@@ -1,0 +1,71 @@
+"""Masks, positions and attention against the formulas written out in NumPy."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_llama.attention import attend, not_later, positions, same_segment
+
+RIGHT, LEFT, PACKED = [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 2, 2, 2]
+
+
+def seen_by(mask, index=0, length=None):
+    mask = np.array(mask)
+    columns = np.arange(mask.shape[1])
+    queries = slice(index, None if length is None else index + length)
+    return ops.logical_and(same_segment(mask[:, queries], mask), not_later(columns[queries], columns))
+
+
+def test_positions_count_within_the_segment():
+    found = ops.convert_to_numpy(positions(seen_by([RIGHT, LEFT, PACKED])))
+    assert found[0, :3].tolist() == [0, 1, 2]
+    assert found[1, 2:].tolist() == [0, 1, 2]
+    assert found[2].tolist() == [0, 1, 0, 1, 2]
+
+
+def test_positions_of_a_cached_step():
+    assert ops.convert_to_numpy(positions(seen_by([LEFT, PACKED], index=4, length=1))).tolist() == [[2], [2]]
+
+
+def test_no_query_is_left_without_a_key():
+    assert ops.convert_to_numpy(seen_by([RIGHT, LEFT, [0] * 5])).any(axis=-1).all()
+
+
+def test_real_tokens_see_no_padding_and_no_other_segment():
+    seen = ops.convert_to_numpy(seen_by([RIGHT, LEFT, PACKED]))
+    assert not seen[0, :3, 3:].any()
+    assert not seen[1, 2:, :2].any()
+    assert not seen[2, 2:, :2].any()
+
+
+def numpy_attention(query, key, value, mask):
+    """softmax(q k^T / sqrt(H)) v with query head n on key/value head n // (N / K)."""
+    groups = query.shape[2] // key.shape[2]
+    key, value = key.repeat(groups, axis=2), value.repeat(groups, axis=2)
+    scores = np.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
+    scores = np.where(mask[:, None], scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), value)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("mask", [[RIGHT, LEFT], [PACKED, RIGHT]])
+def test_attention_is_the_formula(rng, kv_heads, mask):
+    query = rng.normal(size=(2, 5, 4, 8)).astype("float32")
+    key, value = rng.normal(size=(2, 2, 5, kv_heads, 8)).astype("float32")
+    mask = ops.convert_to_numpy(seen_by(mask))
+    found = attend(*(ops.convert_to_tensor(x) for x in (query, key, value, mask)))
+    np.testing.assert_allclose(ops.convert_to_numpy(found), numpy_attention(query, key, value, mask), atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_softmax_is_computed_in_float32(dtype):
+    """256 equal scores: summed in half precision, their exponentials would stop growing at 256 in bfloat16 steps."""
+    keys = 1000
+    key = ops.zeros((1, keys, 1, 8), dtype)
+    value = ops.ones((1, keys, 1, 8), dtype)
+    query = ops.ones((1, 1, 1, 8), dtype)
+    found = attend(query, key, value, ops.ones((1, 1, keys), "bool"))
+    assert keras.backend.standardize_dtype(found.dtype) == dtype
+    np.testing.assert_allclose(ops.convert_to_numpy(ops.cast(found, "float32")), 1.0, atol=0.01)

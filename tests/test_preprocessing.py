@@ -1,0 +1,149 @@
+"""Texts to batches: padding, truncation and its warning, buckets, order, and what is refused."""
+
+import warnings
+from collections import Counter
+
+import keras
+import numpy as np
+import pytest
+
+import keras_llama
+from keras_llama.preprocessing import Batches, StreamedBatches, bucket, check_texts, next_token_targets
+
+
+@pytest.fixture
+def preprocessor(tokenizer):
+    return keras_llama.TextPreprocessor(tokenizer, sequence_length=20)
+
+
+def test_ids_mask_and_padding(preprocessor, tokenizer):
+    found = preprocessor(["a film", "a good film it is"])
+    for row, mask, ids in zip(["a film", "a good film it is"], found["padding_mask"], found["token_ids"], strict=True):
+        expected = tokenizer.encode([row], add_bos=True)[0]
+        assert ids[: len(expected)].tolist() == expected
+        assert mask.tolist() == [1] * len(expected) + [0] * (len(mask) - len(expected))
+        assert (ids[len(expected) :] == tokenizer.pad_id).all()
+
+
+def test_lengths_fall_into_few_buckets():
+    lengths = [bucket(n) for n in range(1, 2000)]
+    assert all(n <= length < 1.5 * n + 8 for n, length in enumerate(lengths, 1))
+    assert len(set(lengths)) <= 17
+
+
+def test_truncation_is_counted_and_warned_of(tokenizer):
+    preprocessor = keras_llama.TextPreprocessor(tokenizer, sequence_length=5, add_eos=True)
+    texts = ["a", "qwxzqwxzqwxz", "a good film and more"]
+    over = [len(row) - 5 for row in tokenizer.encode(texts, add_bos=True, add_eos=True)]
+    total = sum(n for n in over if n > 0)
+    with pytest.warns(UserWarning, match=rf"2 of 3 texts are longer than sequence_length=5.*; {total} tokens were cut"):
+        rows = preprocessor.encode(texts)
+    assert [len(row) for row in rows[1:]] == [5, 5]
+    assert rows[1][0] == tokenizer.bos_id
+    assert all(row[-1] == tokenizer.eos_id for row in rows)
+
+
+def test_nothing_is_warned_of_when_nothing_is_cut(preprocessor):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        preprocessor.encode(["a film"])
+
+
+@pytest.mark.parametrize("length", [0, 1, -3, 2.5, True, None])
+def test_refuses_a_bad_sequence_length(tokenizer, length):
+    with pytest.raises(ValueError, match="`sequence_length` must be an integer above 1"):
+        keras_llama.TextPreprocessor(tokenizer, sequence_length=length)
+
+
+BAD_TEXTS = {
+    "a text": "must be a list",
+    None: "must be a list or an array",
+    7: "must be a list or an array",
+    (): "at least one text",
+    ("good", ""): r"`x\[1\]` must not be empty",
+    ("good", None): r"`x\[1\]` must be a string. Received: text=None",
+    (3.5,): r"`x\[0\]` must be a string. Received: text=3.5",
+    (b"\xff",): r"`x\[0\]` must be UTF-8",
+}
+
+
+@pytest.mark.parametrize("texts", BAD_TEXTS)
+def test_refuses_what_is_no_text(texts):
+    with pytest.raises(ValueError, match=BAD_TEXTS[texts]):
+        check_texts(list(texts) if isinstance(texts, tuple) else texts)
+
+
+@pytest.mark.parametrize("texts", [("a", "b"), np.array(["a", "b"]), np.array(["a", "b"], object), [b"a", "b"]])
+def test_takes_lists_tuples_and_arrays(texts):
+    assert check_texts(texts) == ["a", "b"]
+
+
+def batches(shuffle_seed=None, rows=23):
+    lengths = np.random.default_rng(0).integers(1, 50, rows)
+    data = Batches(
+        lambda chosen: {"rows": chosen}, lengths, lambda x, y, w: (x, y), np.arange(rows), None, 4, shuffle_seed
+    )
+    return data, lengths
+
+
+def rows_of(data):
+    return np.concatenate([data[i][0]["rows"] for i in range(len(data))])
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_every_row_comes_once_with_its_target(seed):
+    data, _ = batches(seed)
+    assert sorted(rows_of(data)) == list(range(23))
+    assert all((data[i][0]["rows"] == data[i][1]).all() for i in range(len(data)))
+
+
+def test_without_shuffling_order_says_which_row_comes_where():
+    data, lengths = batches()
+    assert (rows_of(data) == data.order).all()
+    assert (np.diff(lengths[data.order]) <= 0).all()
+
+
+def test_shuffling_depends_on_seed_and_epoch_only():
+    first, again, other = batches(5)[0], batches(5)[0], batches(6)[0]
+    assert (rows_of(first) == rows_of(again)).all()
+    assert (rows_of(first) != rows_of(other)).any()
+    before = rows_of(first)
+    first.on_epoch_end()
+    assert (rows_of(first) != before).any()
+    again.on_epoch_end()
+    assert (rows_of(first) == rows_of(again)).all()
+
+
+def test_shuffled_batches_hold_texts_of_like_length():
+    data, lengths = batches(5, rows=400)
+    spread = np.mean([np.ptp(lengths[data[i][0]["rows"]]) for i in range(len(data))])
+    assert spread < 0.2 * np.ptp(lengths)
+
+
+class Source(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        return [f"text {index}"], [index]
+
+
+def test_streamed_batches_shuffle_and_count():
+    told = []
+    data = StreamedBatches(Source(), lambda x, y, cut: cut.update(texts=1) or (x, y), told.append, shuffle_seed=1)
+    data.on_epoch_begin()
+    first = [data[i][1][0] for i in range(3)]
+    assert sorted(first) == [0, 1, 2]
+    data.on_epoch_end()
+    assert told == [Counter(texts=3)]
+    assert any([data[i][1][0] for i in range(3)] != first for _ in range(6) if data.on_epoch_end() is None)
+
+
+def test_next_token_targets_stop_at_padding_and_segments():
+    ids = np.array([[5, 6, 7, 8, 9, 0]])
+    targets, weights = next_token_targets(ids, np.array([[1, 1, 2, 2, 2, 0]]))
+    assert weights.tolist() == [[1, 0, 1, 1, 0, 0]]
+    assert targets[weights > 0].tolist() == [6, 8, 9]
+    left, weights = next_token_targets(np.array([[0, 0, 5, 6]]), np.array([[0, 0, 1, 1]]), [2.0])
+    assert weights.tolist() == [[0, 0, 2, 0]]
+    assert left[weights > 0].tolist() == [6]

@@ -1,0 +1,285 @@
+"""LlamaTextClassifier: pooling by the mask, targets of every kind, strings in, and what it refuses."""
+
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_llama
+
+TEXTS = ["a good film", "a bad film", "很好的电影", "很差的电影", "what a good film it is", "bad"] * 4
+LABELS = ["good", "bad", "good", "bad", "good", "bad"] * 4
+
+
+@pytest.fixture
+def make(tokenizer):
+    def make(length=24, **options):
+        backbone = keras_llama.LlamaBackbone(
+            vocabulary_size=tokenizer.vocabulary_size,
+            **{**keras_llama.size("tiny"), "num_layers": 1},
+            causal=options.pop("causal", True),
+        )
+        preprocessor = keras_llama.TextPreprocessor(tokenizer, length)
+        return keras_llama.LlamaTextClassifier(backbone, preprocessor=preprocessor, **options)
+
+    return make
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_padding_and_its_id_change_nothing(make_backbone, rng, pooling, causal):
+    """No, left or right padding of any length, filled with the id that ends and stands inside the text."""
+    model = keras_llama.LlamaTextClassifier(make_backbone(causal=causal), num_classes=3, pooling=pooling)
+    text = np.array([5, 2, 17, 40, 2])  # id 2 inside the text and at its end
+    found = []
+    for left, right in ((0, 0), (3, 0), (0, 4), (5, 2), (0, 40)):
+        ids = np.pad(text, (left, right), constant_values=2)[None]
+        mask = np.pad(np.ones(5, int), (left, right))[None]
+        found.append(model.predict({"token_ids": ids, "padding_mask": mask}, verbose=0))
+    assert np.abs(np.concatenate(found) - found[0]).max() <= 1e-5
+    other = model.predict(np.array([[5, 2, 17, 40, 3]]), verbose=0)
+    assert np.abs(other - found[0]).max() > 1e-3  # the last token counts
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_a_row_of_padding_alone_gives_finite_logits(make_backbone, pooling):
+    model = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2, pooling=pooling)
+    logits = model.predict({"token_ids": np.zeros((1, 4), int), "padding_mask": np.zeros((1, 4), int)}, verbose=0)
+    assert np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_learns_from_raw_strings(make, pooling, causal):
+    model = make(labels=["bad", "good"], pooling=pooling, causal=causal)
+    model.compile()
+    history = model.fit(TEXTS, LABELS, epochs=8, batch_size=8, validation_split=0.25, verbose=0).history
+    assert history["val_accuracy"][-1] == 1.0
+    assert model.evaluate(TEXTS, LABELS, return_dict=True, verbose=0)["accuracy"] == 1.0
+    assert [row["label"] for row in model.classify(TEXTS)] == LABELS
+    single = model.classify("a good film")
+    assert single["label"] == "good"
+    assert 0.5 < single["score"] <= 1
+
+
+def test_lists_arrays_and_streams_train_alike(make):
+    class Stream(keras.utils.PyDataset):
+        def __len__(self):
+            return 6
+
+        def __getitem__(self, i):
+            return TEXTS[4 * i : 4 * i + 4], LABELS[4 * i : 4 * i + 4]
+
+    losses = []
+    for x, y in (
+        (TEXTS, LABELS),
+        (np.array(TEXTS), np.array(LABELS)),
+        (tuple(TEXTS), [int(n == "good") for n in LABELS]),
+    ):
+        keras.utils.set_random_seed(0)
+        model = make(labels=["bad", "good"])
+        model.compile()
+        losses.append(model.fit(x, y, epochs=2, batch_size=4, verbose=0).history["loss"])
+    assert losses[0] == losses[1] == losses[2]
+    model.fit(Stream(), epochs=5, validation_data=Stream(), verbose=0)
+    assert model.evaluate(Stream(), verbose=0, return_dict=True)["accuracy"] == 1.0
+    np.testing.assert_allclose(model.predict(Stream(), verbose=0), model.predict(TEXTS, verbose=0), atol=1e-5)
+
+
+def test_truncation_in_a_stream_is_told_once(make):
+    class Stream(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, i):
+            return ["a good film and much more of it", "bad"], [1, 0]
+
+    model = make(length=5, num_classes=2)
+    model.compile()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model.fit(Stream(), epochs=3, verbose=0)
+    messages = [str(one.message) for one in told if "texts are longer" in str(one.message)]
+    assert len(messages) == 1
+    assert messages[0].startswith("2 of 4 texts")
+
+
+def test_predictions_come_in_the_order_of_the_texts(make):
+    model = make(num_classes=2)
+    texts = ["a " * n + "film" for n in (9, 1, 5, 2, 8, 3)]
+    together = model.predict(texts, batch_size=2, verbose=0)
+    alone = np.concatenate([model.predict([text], verbose=0) for text in texts])
+    np.testing.assert_allclose(together, alone, atol=1e-5)
+
+
+def test_multi_label(make):
+    model = make(labels=["good", "film"], problem_type="multi")
+    names = [["good", "film"], ["film"], ["good"], [], ["good", "film"], []] * 4
+    model.compile(metrics=["accuracy"])
+    model.fit(TEXTS, names, epochs=12, batch_size=8, verbose=0)
+    assert model.evaluate(TEXTS, names, return_dict=True, verbose=0)["accuracy"] == 1.0
+    rows = np.array([["good" in n, "film" in n] for n in names], "float32")
+    assert model.evaluate(TEXTS, rows, return_dict=True, verbose=0)["accuracy"] == 1.0
+    assert [row["labels"] for row in model.classify(TEXTS)] == names
+    assert all(score >= 0.5 for row in model.classify(TEXTS) for score in row["scores"])
+
+
+def test_regression(make):
+    model = make(problem_type="regression")
+    stars = [5.0, 1.0, 5.0, 1.0, 5.0, 1.0] * 4
+    model.compile(optimizer=keras.optimizers.Adam(3e-3))
+    model.fit(TEXTS, stars, epochs=25, batch_size=8, verbose=0)
+    assert model.evaluate(TEXTS, stars, return_dict=True, verbose=0)["mean_absolute_error"] < 0.5
+    assert model.classify("a bad film")["score"] < 3 < model.classify("a good film")["score"]
+    two = make(problem_type="regression", num_classes=2)
+    two.compile("sgd", "mse")
+    two.fit(TEXTS, np.ones((24, 2)), verbose=0)
+    assert len(two.classify("bad")["score"]) == 2
+
+
+def test_string_losses_mean_logits(make):
+    """Each loss by name on logits equals the loss on the probabilities of those logits."""
+    model = make(labels=["bad", "good"])
+    logits = model.predict(TEXTS, verbose=0)
+    probabilities = ops.convert_to_numpy(ops.softmax(logits))
+    numbers = np.array([int(label == "good") for label in LABELS])
+    expected = -np.log(probabilities[np.arange(24), numbers]).mean()
+    for loss, y in (
+        ("sparse_categorical_crossentropy", numbers),
+        ("categorical_crossentropy", np.eye(2)[numbers]),
+        ("categorical_crossentropy", LABELS),
+        ("sparse_categorical_crossentropy", np.eye(2)[numbers]),
+    ):
+        model.compile("adam", loss, metrics=["accuracy"])
+        found = model.evaluate(TEXTS, y, return_dict=True, verbose=0)
+        assert found["loss"] == pytest.approx(expected, rel=1e-5)
+        assert found["accuracy"] == pytest.approx((logits.argmax(-1) == numbers).mean(), abs=1e-6)
+
+
+def test_weights_of_rows_and_classes_count(make):
+    model = make(labels=["bad", "good"])
+    model.compile(optimizer=keras.optimizers.Adam(1e-3))
+    only_good = np.array([float(label == "good") for label in LABELS])
+    model.fit(TEXTS, ["good"] * 23 + ["bad"], sample_weight=only_good, epochs=3, verbose=0)
+    assert [row["label"] for row in model.classify(TEXTS)] == ["good"] * 24
+    model.fit(TEXTS, LABELS, class_weight={0: 1.0, 1: 0.0}, epochs=5, verbose=0)
+    assert [row["label"] for row in model.classify(TEXTS)] == ["bad"] * 24
+
+
+# On torch, jit_compile=True is torch.compile, which takes minutes for a training step.
+JITS = [False] if keras.config.backend() == "torch" else [True, False]
+
+
+@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize("jit", JITS)
+def test_trains_in_half_precision_with_and_without_jit(tokenizer, policy, jit):
+    backbone = keras_llama.LlamaBackbone(
+        vocabulary_size=tokenizer.vocabulary_size, **{**keras_llama.size("tiny"), "num_layers": 1}, dtype=policy
+    )
+    model = keras_llama.LlamaTextClassifier(
+        backbone, num_classes=2, preprocessor=keras_llama.TextPreprocessor(tokenizer, 24)
+    )
+    model.compile(jit_compile=jit)
+    history = model.fit(TEXTS, [int(n == "good") for n in LABELS], epochs=6, batch_size=24, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+    assert history["loss"][-1] < history["loss"][0]
+    assert model.predict(TEXTS, verbose=0).dtype == "float32"
+    assert {v.dtype for v in model.trainable_variables} == {"float32"}
+
+
+def test_jit_setting_reaches_keras(make):
+    model = make(num_classes=2)
+    for given, backend, expected in ((True, None, True), (False, None, False), ("auto", "jax", True)):
+        model.compile(jit_compile=given)
+        if backend in (None, keras.config.backend()):
+            assert model.jit_compile is expected
+    with pytest.raises(ValueError, match="`jit_compile` must be"):
+        model.compile(jit_compile="always")
+
+
+BAD_OPTIONS = {
+    "no classes": ({}, "`num_classes` must be an integer of at least 2"),
+    "one class": ({"num_classes": 1}, "at least 2"),
+    "one label": ({"labels": ["only"]}, "at least 2"),
+    "labels and classes": ({"num_classes": 3, "labels": ["a", "b"]}, "`labels` must be distinct"),
+    "a label twice": ({"labels": ["a", "a"]}, "`labels` must be distinct"),
+    "problem type": ({"num_classes": 2, "problem_type": "many"}, "`problem_type` must be one of"),
+    "pooling": ({"num_classes": 2, "pooling": "max"}, "`pooling` must be one of"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_OPTIONS)
+def test_refuses_bad_options(make, case):
+    options, message = BAD_OPTIONS[case]
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+BAD_TARGETS = {
+    "none": (None, "`y` must hold a target"),
+    "too few": (LABELS[:3], "a row for each text.*texts=24, targets=3"),
+    "an unknown label": (["good"] * 23 + ["fine"], r"`y\[23\]` must be one of `labels`.*label='fine'"),
+    "a number too large": ([0, 2] * 12, r"`y\[1\]` must be a class from 0 to 1"),
+    "a fraction": ([0, 0.5] * 12, r"`y\[1\]` must be a class"),
+    "a missing label": (["good", None] * 12, r"`y\[1\]` must be a class"),
+    "one class only": (["good"] * 24, "at least two classes"),
+    "soft rows for a sparse loss": (np.full((24, 2), 0.5), "categorical_crossentropy"),
+    "rows of another width": (np.zeros((24, 3)), "of shape"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TARGETS)
+def test_refuses_bad_targets_before_any_step(make, case):
+    model = make(labels=["bad", "good"])
+    model.compile()
+    y, message = BAD_TARGETS[case]
+    with pytest.raises(ValueError, match=message):
+        model.fit(TEXTS, y, verbose=0)
+    assert int(model.optimizer.iterations) == 0
+
+
+def test_one_class_may_be_evaluated(make):
+    model = make(labels=["bad", "good"])
+    model.compile()
+    assert "accuracy" in model.evaluate(TEXTS, ["good"] * 24, return_dict=True, verbose=0)
+
+
+BAD_TEXTS = ([], ["a", ""], ["a", None], ["a", 3], "a")
+
+
+@pytest.mark.parametrize("texts", BAD_TEXTS, ids=repr)
+def test_refuses_bad_texts_everywhere(make, texts):
+    model = make(num_classes=2)
+    model.compile()
+    rows = [0, 1]
+    for call in (lambda: model.fit(texts, rows), lambda: model.evaluate(texts, rows), lambda: model.predict(texts)):
+        with pytest.raises(ValueError, match=r"`x(\[1\])?` must"):
+            call()
+    if texts != "a":
+        with pytest.raises(ValueError, match=r"`x(\[1\])?` must"):
+            model.classify(texts)
+
+
+def test_refuses_a_vocabulary_larger_than_the_backbone(tokenizer):
+    backbone = keras_llama.LlamaBackbone(vocabulary_size=50, **keras_llama.size("tiny"))
+    with pytest.raises(ValueError, match=r"at least the tokenizer's.*vocabulary_size=50"):
+        keras_llama.LlamaTextClassifier(
+            backbone, num_classes=2, preprocessor=keras_llama.TextPreprocessor(tokenizer, 24)
+        )
+
+
+def test_refuses_a_loss_on_probabilities(make):
+    with pytest.raises(ValueError, match="from_logits=True"):
+        make(num_classes=2).compile(loss=keras.losses.SparseCategoricalCrossentropy())
+
+
+def test_refuses_bad_sample_weights_and_splits(make):
+    model = make(num_classes=2)
+    model.compile()
+    y = [0, 1] * 12
+    with pytest.raises(ValueError, match="`sample_weight` must have shape"):
+        model.fit(TEXTS, y, sample_weight=[1.0])
+    with pytest.raises(ValueError, match="`validation_split` must"):
+        model.fit(TEXTS, y, validation_split=1.5)
