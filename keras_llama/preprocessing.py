@@ -143,7 +143,24 @@ def bucket(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
-class Batches(keras.utils.PyDataset):
+class _Epochs(keras.utils.PyDataset):
+    """A `PyDataset` that counts the epochs read to their end; Keras also ends one after a first look at the data."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.epoch, self._at_end = 0, False
+
+    def __getitem__(self, index):
+        self._at_end = index == len(self) - 1
+        return self.batch(index)
+
+    def on_epoch_end(self):
+        if self._at_end:
+            self.epoch, self._at_end = self.epoch + 1, False
+            self.next_epoch()
+
+
+class Batches(_Epochs):
     """Rows held in memory, batch by batch; texts of like length together, so that little is padded.
 
     With `shuffle_seed`, each epoch draws a new order from (seed, epoch) and groups rows of like
@@ -165,19 +182,17 @@ class Batches(keras.utils.PyDataset):
         self.targets, self.sample_weight = targets, sample_weight
         self.batch_size, self.shuffle_seed = batch_size, shuffle_seed
         self.order = np.argsort(-self.lengths, kind="stable")
-        self.epoch = 0
         self._batches = self._draw()
 
     def __len__(self):
         return len(self._batches)
 
-    def __getitem__(self, index):
+    def batch(self, index):
         rows = self._batches[index]
         parts = (None if part is None else part[rows] for part in (self.targets, self.sample_weight))
         return self.finish(self.inputs(rows), *parts)
 
-    def on_epoch_end(self):
-        self.epoch += 1
+    def next_epoch(self):
         self._batches = self._draw()
 
     def _draw(self):
@@ -195,7 +210,7 @@ class Batches(keras.utils.PyDataset):
         return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
 
 
-class StreamedBatches(keras.utils.PyDataset):
+class StreamedBatches(_Epochs):
     """A user's `PyDataset` of (inputs, targets[, sample weights]), made ready batch by batch.
 
     With `shuffle_seed`, each epoch draws a new order of the batches.
@@ -212,13 +227,13 @@ class StreamedBatches(keras.utils.PyDataset):
             max_queue_size=source.max_queue_size,
         )
         self.source, self.prepare, self.warn_of_cut = source, prepare, warn_of_cut
-        self.shuffle_seed, self.epoch = shuffle_seed, 0
+        self.shuffle_seed = shuffle_seed
         self.cut: dict[int, Counter] = {}  # by batch, because a backend may look at one twice
 
     def __len__(self):
         return len(self.source)
 
-    def __getitem__(self, index):
+    def batch(self, index):
         if self.shuffle_seed is not None:
             index = int(np.random.default_rng([self.shuffle_seed, self.epoch]).permutation(len(self))[index])
         batch, self.cut[index] = self.source[index], Counter()
@@ -228,10 +243,12 @@ class StreamedBatches(keras.utils.PyDataset):
         self.source.on_epoch_begin()
 
     def on_epoch_end(self):
-        if self.epoch == 0:
-            self.warn_of_cut(sum(self.cut.values(), Counter()))
-        self.epoch += 1
         self.source.on_epoch_end()
+        super().on_epoch_end()
+
+    def next_epoch(self):
+        if self.epoch == 1:
+            self.warn_of_cut(sum(self.cut.values(), Counter()))
 
 
 def next_token_targets(

@@ -1,0 +1,184 @@
+"""The classification recipe end to end on small data, and what it refuses with exit code 2."""
+
+import json
+import subprocess
+import sys
+import time
+
+import keras
+import numpy as np
+import pytest
+
+import keras_llama
+from tasks import baselines, classification, common, data
+
+WORDS = {"sport": ["ball", "team", "goal", "match"], "tech": ["chip", "code", "robot", "data"]}
+
+
+def rows(count, seed=0):
+    generator = np.random.default_rng(seed)
+    for i in range(count):
+        label = ["sport", "tech"][i % 2]
+        yield f"{' '.join(generator.choice(WORDS[label], 4))} {generator.integers(1000)}", label
+
+
+@pytest.fixture
+def tsv(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text("".join(f"{text}\t{label}\n" for text, label in rows(200)), encoding="utf-8")
+    return path
+
+
+FAST = ["--vocabulary-size", "330", "--sequence-length", "16", "--batch-size", "16", "--epochs", "3"]
+
+
+def test_trains_reports_saves_and_exports(tsv, tmp_path, capsys):
+    output = tmp_path / "out"
+    classification.main(["--data", str(tsv), "--output-dir", str(output), *FAST])
+    report = json.loads((output / "metrics.json").read_text())
+    assert report["rows"] == {"train": 144, "validation": 16, "test": 40}
+    assert report["accuracy"] >= 0.9
+    assert report["baseline_accuracy"] >= 0.9
+    assert {"task", "parameters", "train_seconds", "examples_per_second", "macro_f1"} <= set(report)
+    assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "LinearSVC" in printed
+    model = keras.saving.load_model(output / "model.keras")
+    assert model.classify("goal match team")["label"] == "sport"
+    if keras.config.backend() == "tensorflow":
+        assert common.serve(output / "saved_model", ["goal match team"])["labels"] == ["sport"]
+    else:
+        assert "comes later" in printed
+        assert not (output / "saved_model").exists()
+
+
+def test_goes_on_from_a_saved_model_with_other_flags(tsv, tmp_path):
+    first = tmp_path / "first"
+    arguments = ["--data", str(tsv), "--test-data", str(tsv), "--limit", "40", "--jit", "off", *FAST]
+    classification.main([*arguments, "--output-dir", str(first), "--precision", "mixed_bfloat16"])
+    report = tmp_path / "deep" / "report.json"
+    classification.main(
+        [*arguments, "--preset", str(first / "model.keras"), "--output-dir", str(first), "--report", str(report)]
+    )
+    found = json.loads(report.read_text())
+    assert found["rows"] == {"train": 40, "validation": 20, "test": 40}
+    assert found["parameters"] == json.loads((first / "metrics.json").read_text())["parameters"]
+
+
+def refused(capsys, *arguments):
+    """What the recipe prints when it refuses; it must leave with 2, before any training."""
+    started = time.perf_counter()
+    with pytest.raises(SystemExit) as left:
+        classification.main([str(argument) for argument in arguments])
+    assert left.value.code == 2
+    assert time.perf_counter() - started < 20
+    return capsys.readouterr().err
+
+
+BAD_FILES = {
+    "a row of one column": ("t.tsv", b"good\tpos\nno label\n", r"t.tsv:2: expected text<TAB>label. Received: 1 columns"),
+    "a row of three columns": ("t.tsv", b"good\tpos\nbad\tneg\tmore\n", "t.tsv:2"),
+    "an empty text": ("t.tsv", b"good\tpos\n\tneg\n", "t.tsv:2: expected a text and a label"),
+    "no UTF-8": ("t.tsv", b"good\tpos\n\xff\xfe\tneg\n", "t.tsv:2: expected UTF-8"),
+    "an empty file": ("t.tsv", b"", "t.tsv: expected at least one row"),
+    "a csv without label": ("t.csv", b"text,class\na,b\n", "t.csv:1: expected a header"),
+    "a short csv row": ("t.csv", b"text,label\na,b\nc\n", "t.csv:3: expected 2 columns"),
+    "no json": ("t.jsonl", b'{"text": "a", "label": "b"}\n{oops\n', "t.jsonl:2: expected a JSON object"),
+    "json without label": ("t.jsonl", b'{"text": "a"}\n', "t.jsonl:1"),
+    "a number for a text": ("t.jsonl", b'{"text": 3, "label": "b"}\n', "t.jsonl:1: expected a text"),
+    "another ending": ("t.xml", b"<a/>", "t.xml: expected a file ending in"),
+    "one class only": ("t.tsv", b"".join(b"text %d\tpos\n" % i for i in range(50)), "at least two labels"),
+    "too few rows": ("t.tsv", b"good\tpos\n", "Expected rows to train"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_refuses_bad_files_by_file_and_line(tmp_path, capsys, case):
+    name, content, message = BAD_FILES[case]
+    (tmp_path / name).write_bytes(content)
+    assert message in refused(capsys, "--data", tmp_path / name)
+
+
+def test_refuses_a_missing_file(tmp_path, capsys):
+    assert "none.tsv: cannot be read (No such file" in refused(capsys, "--data", tmp_path / "none.tsv")
+
+
+def test_refuses_a_test_label_that_training_lacks(tsv, tmp_path, capsys):
+    (tmp_path / "test.tsv").write_text("x\tsport\ny\tart\n")
+    assert "test.tsv:2: expected a label of" in refused(capsys, "--data", tsv, "--test-data", tmp_path / "test.tsv")
+
+
+BAD_FLAGS = {
+    "--limit": ("0", "at least 1"),
+    "--epochs": ("0", "at least 1"),
+    "--sequence-length": ("0", "at least 1"),
+    "--size": ("enormous", "`size` must be one of"),
+    "--vocabulary-size": ("5", "`vocabulary_size` must be at least"),
+    "--dropout": ("1.5", "`dropout` must lie in"),
+    "--learning-rate": ("-1", "above 0"),
+    "--precision": ("int3", "invalid choice"),
+    "--jit": ("maybe", "invalid choice"),
+    "--preset": ("nothing.keras", "--preset nothing.keras: cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("flag", BAD_FLAGS)
+def test_refuses_bad_flags(tsv, capsys, flag):
+    value, message = BAD_FLAGS[flag]
+    assert message in refused(capsys, "--data", tsv, flag, value)
+
+
+def test_refuses_a_preset_of_other_labels(tsv, tmp_path, capsys):
+    backbone = keras_llama.LlamaBackbone(vocabulary_size=9, **keras_llama.size("tiny"))
+    keras_llama.LlamaTextClassifier(backbone, labels=["a", "b"]).save(tmp_path / "other.keras")
+    assert "with the labels ['sport', 'tech']" in refused(capsys, "--data", tsv, "--preset", tmp_path / "other.keras")
+
+
+def test_bad_data_are_told_before_keras_starts(tmp_path):
+    code = "import sys; from tasks import classification\ntry: classification.main(['--data', 'none.tsv'])\n"
+    code += "except SystemExit: print('keras' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+def test_reads_all_formats_alike(tmp_path):
+    wanted = [("good, really", "pos"), ('bad "one"', "neg")]
+    files = {
+        "a.tsv": "\ufeffgood, really\tpos\r\nbad \"one\"\tneg\r\n",
+        "b.csv": 'label,text\npos,"good, really"\nneg,"bad ""one"""\n',
+        "c.jsonl": '{"text": "good, really", "label": "pos"}\n{"label": "neg", "text": "bad \\"one\\""}\n',
+    }
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8", newline="")
+        assert [row[:2] for row in data.labelled_texts(str(tmp_path / name))] == wanted
+    (tmp_path / "d.csv").write_text("label,title,description\npos,good,really\n")
+    assert data.labelled_texts(str(tmp_path / "d.csv"))[0][0] == "good really"
+
+
+def test_reviews_are_distinct_consistent_and_split_by_text():
+    found = data.review_rows()
+    texts = [text for text, *_ in found]
+    assert len(texts) == len(set(texts)) == 17_361
+    train, test = common.split(found, 0.2)
+    assert (len(train), len(test)) == (13_888, 3_473)
+    assert not {row[0] for row in train} & {row[0] for row in test}
+    assert common.split(found, 0.2) == (train, test)
+
+
+def test_equal_texts_stay_on_one_side():
+    repeated = [(f"text {i % 30}", "a", "") for i in range(120)]
+    train, test = common.split(repeated, 0.2)
+    assert not {row[0] for row in train} & {row[0] for row in test}
+    assert len(test) == 24
+
+
+def test_the_baseline_learns():
+    table = [(text, label, "") for text, label in rows(60)]
+    assert baselines.linear_classifier(table[:40], table[40:]) == 1.0
+    assert baselines.linear_classifier([(t, "ab"[i % 3 == 0], "") for i, (t, *_) in enumerate(table)], table) == 0.0
+
+
+def test_news_and_reviews_of_the_shared_data_are_read(shared_data):
+    assert len(data.labelled_texts(str(shared_data / "news" / "thucnews" / "dev.txt"))) == 10_000
+    assert len(data.labelled_texts(str(shared_data / "news" / "ag_news" / "ag_news_7600.csv"))) == 7_600
+    assert len({row[1] for row in data.labelled_texts(str(shared_data / "sentiment/chnsenticorp/dev.tsv"))}) == 2
