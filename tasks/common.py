@@ -28,7 +28,7 @@ def parser(task: str, description: str, **defaults: Any) -> argparse.ArgumentPar
     flags.add_argument("--size", help="size of the blocks, 0.3m ... 1b, tiny, small, base")
     flags.add_argument("--epochs", type=positive)
     flags.add_argument("--batch-size", type=positive)
-    flags.add_argument("--learning-rate", type=float)
+    flags.add_argument("--learning-rate", type=above_zero)
     flags.add_argument("--precision", choices=PRECISIONS, default="float32")
     flags.add_argument("--jit", choices=("on", "off", "auto"), default="auto")
     flags.add_argument("--seed", type=int, default=0)
@@ -44,6 +44,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, received {text}")
+    return value
+
+
+def above_zero(text: str) -> float:
+    """A number above 0, for argparse."""
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must lie above 0, received {text}")
     return value
 
 
