@@ -4,7 +4,10 @@ Shapes: B batch, T query length, S key length, N heads, K key/value heads, H hea
 mask is an integer per token: 0 padding, n = segment n; an ordinary batch holds 0 and 1 only.
 """
 
+import keras
 from keras import ops
+
+from keras_llama import backend
 
 
 def same_segment(query_segments, key_segments):
@@ -46,4 +49,6 @@ def attend(query, key, value, mask):
     """
     if key.shape[2] == 1:  # Keras' TensorFlow kernel groups any number of key/value heads but one
         key, value = (ops.repeat(x, query.shape[2], axis=2) for x in (key, value))
-    return ops.dot_product_attention(query, key, value, mask=ops.expand_dims(mask, 1))
+    dtype = backend.attention_dtype(keras.backend.standardize_dtype(query.dtype))
+    heads = ops.dot_product_attention(*(ops.cast(x, dtype) for x in (query, key, value)), mask=ops.expand_dims(mask, 1))
+    return ops.cast(heads, query.dtype)

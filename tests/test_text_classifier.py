@@ -50,8 +50,7 @@ def test_a_row_of_padding_alone_gives_finite_logits(make_backbone, pooling):
     assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize("pooling", ["last", "mean"])
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("pooling", "causal"), [("last", True), ("mean", False)])
 def test_learns_from_raw_strings(make, pooling, causal):
     model = make(labels=["bad", "good"], pooling=pooling, causal=causal)
     model.compile()

@@ -124,8 +124,9 @@ class Task(keras.Model):
         seed = int(np.random.randint(2**31)) if shuffle else None  # from `keras.utils.set_random_seed`
         data = self._dataset(x, y, sample_weight, batch_size, shuffle_seed=seed, training=True)
         if validation_data is not None:
-            parts = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
-            validation_data = self._dataset(*parts, batch_size=batch_size, argument="validation_data")
+            held = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
+            x, y, sample_weight = (*held, None, None)[:3]
+            validation_data = self._dataset(x, y, sample_weight, batch_size, argument="validation_data")
         return super().fit(data, epochs=epochs, shuffle=False, validation_data=validation_data, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size=None, *, sample_weight=None, **kwargs):

@@ -203,7 +203,7 @@ class LlamaTextClassifier(Task):
                     label=name,
                 )
             return self._label_numbers[name]
-        number = int(target) if isinstance(target, (int, float, np.number)) and target == target // 1 else -1
+        number = int(target) if isinstance(target, (int, float, np.number)) and float(target).is_integer() else -1
         if not 0 <= number < self.num_classes:
             raise invalid(f"`y[{row}]` must be a class from 0 to {self.num_classes - 1}.", label=target)
         return number
