@@ -117,6 +117,8 @@ def test_multi_label(make):
     model = make(labels=["good", "film"], problem_type="multi")
     names = [["good", "film"], ["film"], ["good"], [], ["good", "film"], []] * 4
     model.compile(metrics=["accuracy"])
+    hits = (model.predict(TEXTS, verbose=0) > 0) == [["good" in n, "film" in n] for n in names]  # 1/2 is a logit of 0
+    assert model.evaluate(TEXTS, names, return_dict=True, verbose=0)["accuracy"] == pytest.approx(hits.mean())
     model.fit(TEXTS, names, epochs=12, batch_size=8, verbose=0)
     assert model.evaluate(TEXTS, names, return_dict=True, verbose=0)["accuracy"] == 1.0
     rows = np.array([["good" in n, "film" in n] for n in names], "float32")

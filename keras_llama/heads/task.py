@@ -78,6 +78,7 @@ class Task(keras.Model):
             )
         own, named = self.default_metrics(), self.metrics_by_name()
         metrics = own["metrics"] if metrics == "auto" else metrics
+        metrics = [metrics] if isinstance(metrics, str) else metrics
         weighted_metrics = own["weighted_metrics"] if weighted_metrics == "auto" else weighted_metrics
         super().compile(
             optimizer=optimizer,
