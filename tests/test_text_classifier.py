@@ -152,6 +152,7 @@ def test_string_losses_mean_logits(make):
         ("categorical_crossentropy", np.eye(2)[numbers]),
         ("categorical_crossentropy", LABELS),
         ("sparse_categorical_crossentropy", np.eye(2)[numbers]),
+        ("sparse_categorical_crossentropy", numbers[:, None]),
     ):
         model.compile("adam", loss, metrics=["accuracy"])
         found = model.evaluate(TEXTS, y, return_dict=True, verbose=0)
@@ -205,6 +206,7 @@ BAD_OPTIONS = {
     "one class": ({"num_classes": 1}, "at least 2"),
     "one label": ({"labels": ["only"]}, "at least 2"),
     "labels and classes": ({"num_classes": 3, "labels": ["a", "b"]}, "`labels` must be distinct"),
+    "numbers as labels": ({"labels": [1, 2]}, "`labels` must be strings"),
     "a label twice": ({"labels": ["a", "a"]}, "`labels` must be distinct"),
     "problem type": ({"num_classes": 2, "problem_type": "many"}, "`problem_type` must be one of"),
     "pooling": ({"num_classes": 2, "pooling": "max"}, "`pooling` must be one of"),

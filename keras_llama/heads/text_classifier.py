@@ -211,6 +211,7 @@ class LlamaTextClassifier(Task):
     def _single_targets(self, y, rows, training):
         """Class numbers (B,); or rows of class probabilities (B, C) where the loss asks for them."""
         wants_rows = isinstance(getattr(self, "loss", None), keras.losses.CategoricalCrossentropy)
+        y = np.asarray(y)[:, 0] if np.shape(y) == (rows, 1) else y  # a column of class numbers
         if np.ndim(y[0]) == 1:
             shares = _numbers(y, (rows, self.num_classes))
             numbers = shares.argmax(axis=1)
@@ -241,7 +242,9 @@ class LlamaTextClassifier(Task):
 
 def _check_classes(labels, num_classes, problem_type):
     if labels is not None:
-        labels = [str(label) for label in labels]
+        labels = list(labels)
+        if not all(isinstance(label, str) for label in labels):
+            raise invalid("`labels` must be strings: a number in `y` is the place of a label in them.", labels=labels)
         if len(set(labels)) != len(labels) or (num_classes is not None and num_classes != len(labels)):
             raise invalid("`labels` must be distinct, one for each class.", labels=labels, num_classes=num_classes)
         num_classes = len(labels)
