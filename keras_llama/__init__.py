@@ -6,6 +6,7 @@ torch backends it imports no TensorFlow.
 
 from keras_llama.backbone import LlamaBackbone
 from keras_llama.backend import set_memory_growth
+from keras_llama.checkpoints.presets import save_checkpoint
 from keras_llama.config import LlamaConfig, size
 from keras_llama.factory import create_llama_model
 from keras_llama.heads.causal_lm import LlamaCausalLM
@@ -13,11 +14,12 @@ from keras_llama.heads.text_classifier import LlamaTextClassifier
 from keras_llama.layers import LlamaAttention, LlamaBlock, LlamaMLP, LlamaPositions
 from keras_llama.losses import Perplexity
 from keras_llama.preprocessing import TextPreprocessor
-from keras_llama.tokenizer import SentencePieceTokenizer
+from keras_llama.tokenizer import BytePairTokenizer, SentencePieceTokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "BytePairTokenizer",
     "LlamaAttention",
     "LlamaBackbone",
     "LlamaBlock",
@@ -30,6 +32,7 @@ __all__ = [
     "SentencePieceTokenizer",
     "TextPreprocessor",
     "create_llama_model",
+    "save_checkpoint",
     "set_memory_growth",
     "size",
 ]

@@ -116,6 +116,23 @@ class LlamaBackbone(keras.Model):
         """
         return self._stack.decode(token_ids, padding_mask, cache, index)
 
+    @classmethod
+    def from_preset(cls, preset, dtype=None):
+        """The backbone of a checkpoint, without its head.
+
+        Args:
+            preset: what `checkpoints.presets.open_checkpoint` takes: a Hugging Face directory, a GGUF or
+                llama2.c file, `hf://org/name`, "smollm2_135m_instruct", a KerasHub preset or backbone.
+            dtype: a Keras dtype policy or its name; `None` takes the global policy if it is not float32,
+                else the dtype in which the checkpoint loses nothing (bfloat16 for quantised files).
+
+        Raises:
+            ValueError: if the checkpoint cannot be read or does not fit, in one table of names.
+        """
+        from keras_llama.checkpoints import loader, presets
+
+        return loader.build_backbone(presets.open_checkpoint(preset), dtype, load_weights=True)
+
     def get_config(self):
         return {
             **dataclasses.asdict(self.config),

@@ -80,6 +80,64 @@ def resolve_jit(jit_compile: bool | str) -> bool:
     return name() == "jax" or (name() == "tensorflow" and has_gpu())
 
 
+def bucket(length: int) -> int:
+    """The next of the lengths 8, 16, 24, 32, 48, 64, 96, 128, ...: few shapes to compile, little padding.
+
+    >>> [bucket(n) for n in (1, 20, 33, 100)]
+    [8, 24, 48, 128]
+    """
+    if length <= 8:
+        return 8
+    power = 1 << (length - 1).bit_length()  # smallest power of two >= length
+    return power * 3 // 4 if length <= power * 3 // 4 else power
+
+
+class Compiled:
+    """A function of arrays and of a model's weights, compiled for the running backend, never for training.
+
+    TensorFlow and JAX compile it once for each set of shapes, which `traces` counts; torch runs it as it is.
+
+    Args:
+        function: takes and returns pytrees of arrays.
+        variables: the Keras variables that it reads.
+        jit_compile: XLA on TensorFlow; JAX always compiles.
+        donate: numbers of the arguments whose memory the results may take over (JAX).
+    """
+
+    def __init__(self, function, variables, jit_compile=False, donate=()):
+        self.traces = 0
+        self._variables = variables
+
+        def counted(*args):
+            self.traces += 1
+            return function(*args)
+
+        if name() == "tensorflow":
+            import tensorflow as tf
+
+            compiled = tf.function(counted, autograph=False, jit_compile=jit_compile)
+            # Called itself, it would warn of each new set of shapes.
+            self._call = lambda *args: compiled.get_concrete_function(*args)(*args)
+        elif name() == "jax":
+            import jax
+
+            def pure(values, *args):
+                with keras.StatelessScope(state_mapping=zip(variables, values, strict=True)):
+                    return counted(*args)
+
+            self._call = jax.jit(pure, donate_argnums=tuple(i + 1 for i in donate))
+        else:
+            import torch
+
+            self._call = torch.no_grad()(function)
+
+    def __call__(self, *args):
+        args = keras.tree.map_structure(keras.ops.convert_to_tensor, args)
+        if name() == "jax":
+            return self._call([variable.value for variable in self._variables], *args)
+        return self._call(*args)
+
+
 def stream(dataset: keras.utils.PyDataset) -> Any:
     """A `PyDataset` of ragged batches in the form in which this backend's `fit` takes it.
 

@@ -121,6 +121,7 @@ class LlamaConfig:
         mlp_bias: bias in the gate, up and down projections.
         dropout: rate on the embeddings and on each sub-layer's output while training.
         causal: `False` lets every token see the whole text (encoders, classifiers).
+        context_length: longest text that the weights were trained for, in tokens; `None` if unknown.
 
     Raises:
         ValueError: for any value outside its range.
@@ -144,11 +145,12 @@ class LlamaConfig:
     mlp_bias: bool = False
     dropout: float = 0.0
     causal: bool = True
+    context_length: int | None = None
 
     def __post_init__(self) -> None:
         if self.head_dim is None:
             self._derive_head_dim()
-        for name in _COUNTS:
+        for name in _COUNTS if self.context_length is None else (*_COUNTS, "context_length"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise invalid(f"`{name}` must be a positive integer.", **{name: value})

@@ -4,6 +4,9 @@ Touvron et al., 2023 (https://arxiv.org/abs/2302.13971). Shapes: B batch, T quer
 length, D hidden_dim, N heads, K key/value heads, H head_dim, F intermediate_dim.
 """
 
+import contextlib
+import contextvars
+
 import keras
 from keras import ops
 
@@ -15,9 +18,22 @@ from keras_llama.rope import inverse_frequencies, rotary_angles, rotate
 register = keras.saving.register_keras_serializable(package="keras_llama")
 
 
+_random = contextvars.ContextVar("random", default=True)
+
+
 def normal_initializer():
     """Normal with standard deviation 0.02, as LLaMA starts every matrix."""
-    return keras.initializers.RandomNormal(stddev=0.02)
+    return keras.initializers.RandomNormal(stddev=0.02) if _random.get() else keras.initializers.Zeros()
+
+
+@contextlib.contextmanager
+def no_random_weights():
+    """Layers made inside start with zeros: a checkpoint's weights are about to replace them."""
+    token = _random.set(False)
+    try:
+        yield
+    finally:
+        _random.reset(token)
 
 
 @register

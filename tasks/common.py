@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ def parser(task: str, description: str, **defaults: Any) -> argparse.ArgumentPar
     flags = argparse.ArgumentParser(prog=f"python -m tasks.{task}", description=description)
     flags.add_argument("--data", help="training data; see the formats in docs/tasks.md")
     flags.add_argument("--test-data", help="test data; without it, 20%% of the data by distinct text")
-    flags.add_argument("--preset", help="start from this saved .keras model instead of from scratch")
+    flags.add_argument("--preset", help="start from a saved .keras model or a checkpoint instead of from scratch")
     flags.add_argument("--size", help="size of the blocks, 0.3m ... 1b, tiny, small, base")
     flags.add_argument("--epochs", type=positive)
     flags.add_argument("--batch-size", type=positive)
@@ -112,6 +113,42 @@ def compile_options(args: argparse.Namespace, rows: int, weight_decay: float) ->
         "optimizer": keras.optimizers.AdamW(rate, weight_decay=weight_decay, global_clipnorm=1.0),
         "jit_compile": {"on": True, "off": False, "auto": "auto"}[args.jit],
     }
+
+
+def from_preset(args: argparse.Namespace, cls: Any, **options: Any) -> Any:
+    """The task of `--preset`: as a recipe saved it in a .keras file, or from a checkpoint with `options`."""
+    import keras
+
+    if not args.preset.endswith(".keras"):
+        return cls.from_preset(args.preset, dtype=args.precision, sequence_length=args.sequence_length, **options)
+    try:
+        model = keras.saving.load_model(args.preset)
+    except (OSError, ValueError) as error:
+        raise DataError(f"--preset {args.preset}: cannot be loaded ({error}).") from error
+    if not isinstance(model, cls):
+        raise DataError(f"--preset {args.preset}: expected a {cls.__name__}. Received: a {type(model).__name__}.")
+    return model
+
+
+def deliver_classifier(model: Any, output: pathlib.Path, sentences: list[str]) -> None:
+    """Saves, reloads, exports and serves the model, and raises if any of them answers otherwise."""
+    import keras
+
+    logits = model.predict(sentences, verbose=0)
+    model.save(output / "model.keras")
+    if not np.array_equal(keras.saving.load_model(output / "model.keras").predict(sentences, verbose=0), logits):
+        raise RuntimeError("The reloaded model answers otherwise.")
+    print(f"{output / 'model.keras'}: reloaded, the same predictions")
+    if keras.config.backend() != "tensorflow":
+        print("A SavedModel is written on the TensorFlow backend; exporting one from here comes later.")
+        return
+    shutil.rmtree(output / "saved_model", ignore_errors=True)
+    model.export(output / "saved_model")
+    answer = serve(output / "saved_model", sentences)
+    difference = np.abs(np.array(answer["probabilities"]) - np.asarray(model.probabilities(logits))).max()
+    if answer["labels"] != [row["label"] for row in model.classify(sentences)] or difference > 1e-4:
+        raise RuntimeError(f"The exported model answers otherwise: {answer}.")
+    print(f"{output / 'saved_model'}: served by a fresh process, probabilities within {difference:.0e}")
 
 
 def serve(directory: str | os.PathLike, texts: list[str]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator
@@ -72,6 +73,46 @@ def _jsonl(path: str, lines: list[str]) -> Iterator[tuple[int, Any, Any]]:
             yield number, row["text"], row["label"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{path}:{number}: expected a JSON object with text and label ({error!r}).") from error
+
+
+def generation_rows(path: str) -> list[tuple[str, Any]]:
+    """(text to tell rows apart by, row for `fit`) of a file of texts or of conversations.
+
+    Text files: texts apart by `<|endoftext|>` lines, else by empty lines. JSONL: objects with `text`,
+    with `prompt` and `response`, or with `messages`; all lines of one kind.
+    """
+    lines = _lines(path)
+    if pathlib.Path(path).suffix.lower() == ".jsonl":
+        rows = [_generation_row(path, number, line) for number, line in enumerate(lines, 1)]
+        if len({type(row) is str for _, row in rows}) > 1:
+            raise DataError(f"{path}: expected lines of one kind, texts or conversations.")
+    else:
+        mark = "<|endoftext|>" if "<|endoftext|>" in (line.strip() for line in lines) else ""
+        groups = itertools.groupby(lines, key=lambda line: line.strip() == mark)
+        texts = ["\n".join(group).strip() for ends, group in groups if not ends]
+        rows = [(text, text) for text in texts if text]
+    if not rows:
+        raise DataError(f"{path}: expected at least one text. Received: an empty file.")
+    return rows
+
+
+def _generation_row(path: str, number: int, line: str) -> tuple[str, Any]:
+    forms = ({"text"}, {"prompt", "response"}, {"messages"})
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: expected a JSON object ({error}).") from error
+    if not isinstance(row, dict) or set(row) not in forms or not all(row.values()):
+        raise DataError(f"{path}:{number}: expected text, prompt and response, or messages. Received: {line[:80]}.")
+    return (row["text"], row["text"]) if "text" in row else (line, row)
+
+
+def prompt_lines(path: str) -> list[str]:
+    """The prompts of a file, one a line; empty lines are left out."""
+    prompts = [line for line in _lines(path) if line.strip()]
+    if not prompts:
+        raise DataError(f"{path}: expected at least one prompt. Received: an empty file.")
+    return prompts
 
 
 def review_rows():

@@ -1,5 +1,6 @@
 """Shared by all tests. The backend is the one that KERAS_BACKEND names; `make test` runs the three in turn."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import keras_llama
+from keras_llama.tokenizer import Tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -51,6 +53,39 @@ def make_backbone():
 def tokenizer():
     texts = ["a good film", "a bad film", "很好的电影", "很差的电影", "what a film it is"] * 4
     return keras_llama.SentencePieceTokenizer.train(texts, vocabulary_size=300)
+
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|start|>{{ message.role }}\n{{ message.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@pytest.fixture(scope="session")
+def chat_tokenizer():
+    """A small byte-level tokenizer with two control tokens and a chat template."""
+    import tokenizers
+
+    raw = tokenizers.Tokenizer(tokenizers.models.BPE())
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    special = ["<|none|>", "<|start|>", "<|end|>"]
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=330, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    raw.train_from_iterator(["what is a film", "a good film", "user assistant system", "很好的电影"] * 4, trainer)
+    settings = {"chat_template": CHAT_TEMPLATE, "eos_token": "<|none|>", "tokenizer_class": "PreTrainedTokenizerFast"}
+    files = {"tokenizer.json": raw.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
+    return Tokenizer.from_files(files)
+
+
+@pytest.fixture
+def chat_lm(chat_tokenizer, make_backbone):
+    """A random language model over `chat_tokenizer`."""
+    backbone = make_backbone(vocabulary_size=chat_tokenizer.vocabulary_size, context_length=200)
+    preprocessor = keras_llama.TextPreprocessor(chat_tokenizer, sequence_length=64, add_bos=False)
+    return keras_llama.LlamaCausalLM(backbone, preprocessor, generation_config={"eos_token_id": [2]})
 
 
 @pytest.fixture

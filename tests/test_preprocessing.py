@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import keras_llama
-from keras_llama.preprocessing import Batches, StreamedBatches, bucket, check_texts, next_token_targets
+from keras_llama.backend import bucket
+from keras_llama.preprocessing import Batches, StreamedBatches, check_texts, next_token_targets
 
 
 @pytest.fixture

@@ -1,12 +1,25 @@
-"""LlamaCausalLM: next-token logits on a LLaMA backbone. Shapes: B batch, T tokens, D hidden, V vocabulary."""
+"""LlamaCausalLM: next-token logits on a LLaMA backbone, and text generation.
+
+Shapes: B batch, T tokens, S columns of the cache, D hidden, V vocabulary.
+"""
+
+import functools
+import itertools
+from typing import NamedTuple
 
 import keras
+import numpy as np
+from keras import ops
 
+from keras_llama import backend, dialogue
 from keras_llama.config import invalid
-from keras_llama.heads.task import Task
+from keras_llama.generation import TokenLoop
+from keras_llama.heads import completion
+from keras_llama.heads.task import Task, is_token_ids
 from keras_llama.layers import normal_initializer, register
 from keras_llama.losses import Perplexity, token_loss
-from keras_llama.preprocessing import next_token_targets
+from keras_llama.preprocessing import check_texts, next_token_targets
+from keras_llama.samplers import Settings
 
 
 @register
@@ -14,13 +27,17 @@ class LlamaCausalLM(Task):
     """The language model: texts or token ids (B, T) -> logits of each next token, float32 (B, T, V).
 
     `fit` and `evaluate` take texts or token ids alone: the targets are the inputs, one to the left.
-    The loss is the mean over real tokens, whatever the padding; perplexity and accuracy count
-    the same tokens.
+    Of rows `{"prompt": ..., "response": ...}` or `{"messages": [...]}` only the responses are
+    trained. The loss is the mean over trained tokens, whatever the padding; perplexity and accuracy
+    count the same tokens.
 
     Args:
         backbone: a causal `LlamaBackbone`; its `tie_word_embeddings` decides whether the head is
             the embedding matrix or weights of its own.
-        preprocessor: a `TextPreprocessor`, or `None` to take token ids.
+        preprocessor: a `TextPreprocessor`, or `None` to take and return token ids.
+        generation_config: defaults of `generate` in the words of `generation_config.json`:
+            `eos_token_id` (the stop set), `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
+            `repetition_penalty`, `num_beams`, `max_new_tokens`.
 
     Raises:
         ValueError: if the backbone is bidirectional: it would see the token that it has to predict.
@@ -31,24 +48,57 @@ class LlamaCausalLM(Task):
     >>> history = lm.fit(np.random.randint(1, 100, (8, 16)), epochs=1, verbose=0)
     >>> sorted(history.history)
     ['accuracy', 'loss', 'perplexity']
+    >>> lm.generate(np.array([[5, 8, 2]]), max_new_tokens=4)["token_ids"].shape
+    (1, 7)
     """
 
-    def __init__(self, backbone, preprocessor=None, **kwargs):
+    head = "lm_head"
+
+    def __init__(self, backbone, preprocessor=None, generation_config=None, **kwargs):
         if not backbone.config.causal:
             raise invalid("`backbone` must be causal.", "Build it with causal=True.", causal=False)
-        hidden = backbone(backbone.input)
         if backbone.config.tie_word_embeddings:
-            logits = backbone.token_embedding(hidden, reverse=True)
+            to_logits = functools.partial(backbone.token_embedding, reverse=True)
         else:
-            logits = keras.layers.Dense(
+            to_logits = keras.layers.Dense(
                 backbone.config.vocabulary_size,
                 use_bias=False,
                 kernel_initializer=normal_initializer(),
                 dtype=backbone.dtype_policy,
                 name="lm_head",
-            )(hidden)
+            )
+        logits = to_logits(backbone(backbone.input))
         logits = keras.layers.Activation("linear", dtype="float32", name="logits")(logits)
         super().__init__(backbone, preprocessor, logits, **kwargs)
+        self._to_logits = to_logits
+        self.generation_config = dict(generation_config or {})
+
+    @classmethod
+    def preset_options(cls, checkpoint, preprocessor):
+        """The checkpoint's defaults; its stop set is joined by the tokenizer's own end and the template's."""
+        generation = dict(checkpoint.generation)
+        stops = set(generation.get("eos_token_id", ()))
+        if preprocessor is not None:
+            stops |= {preprocessor.tokenizer.eos_id, preprocessor.tokenizer.turn_end_id} - {-1, None}
+        return {"generation_config": {**generation, "eos_token_id": sorted(stops)}}
+
+    def fresh_weights(self, checkpoint):
+        return []  # a language model with a random head would be none
+
+    def checkpoint_settings(self):
+        settings = super().checkpoint_settings()
+        generation = {**self.generation_config, "eos_token_id": sorted(self.stop_ids)}
+        ids = {name: generation[name] for name in _IDS if generation.get(name) not in (None, [])}
+        settings["fields"] |= {"architectures": ["LlamaForCausalLM"], **ids}
+        return {**settings, "generation": {name: value for name, value in generation.items() if value != []}}
+
+    @property
+    def stop_ids(self):
+        """Token ids that end a generated text: those of `generation_config`, else the tokenizer's end."""
+        given = self.generation_config.get("eos_token_id")
+        if given is None:
+            given = [] if self.preprocessor is None else [self.preprocessor.tokenizer.eos_id]
+        return {int(i) for i in (given if isinstance(given, (list, tuple)) else [given]) if i >= 0}
 
     def default_loss(self):
         return token_loss()
@@ -65,5 +115,278 @@ class LlamaCausalLM(Task):
             raise invalid("`y` must be None: a language model's targets are its inputs.", y=type(y))
         return
 
+    def encode(self, x, argument="x", cut=None, predicting=False):
+        rows = dialogue.dialogues(x, argument)
+        if rows is not None:
+            return dialogue.encode(rows, self.preprocessor, cut)
+        add_eos = False if predicting else None
+        return {"token_ids": self.preprocessor.encode(check_texts(x, argument), cut, add_eos)}
+
     def finish_batch(self, inputs, y=None, sample_weight=None):
-        return inputs, *next_token_targets(inputs["token_ids"], inputs["padding_mask"], sample_weight)
+        trained = inputs.pop("trained", None)
+        targets, weights = next_token_targets(inputs["token_ids"], inputs["padding_mask"], sample_weight)
+        if trained is not None:
+            weights *= np.pad(trained[:, 1:], ((0, 0), (0, 1)))
+        return inputs, targets, weights
+
+    def preview_batch(self, x):
+        """What `fit` would train on: for each row its tokens as (text, whether it is trained).
+
+        >>> tokenizer = keras_llama.SentencePieceTokenizer.train(["a b c"] * 9, vocabulary_size=270)
+        >>> preprocessor = keras_llama.TextPreprocessor(tokenizer, sequence_length=16)
+        >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=270, **keras_llama.size("tiny"))
+        >>> lm = keras_llama.LlamaCausalLM(backbone, preprocessor)
+        >>> lm.preview_batch([{"prompt": "a", "response": " b"}])
+        [[('<s>', False), ('▁a', False), ('▁b', True), ('</s>', True)]]
+        """
+        columns = self.encode(x)
+        ids = columns["token_ids"]
+        trained = columns.get("trained", [[0] + [1] * (len(row) - 1) for row in ids])
+        token = self.preprocessor.tokenizer.token
+        return [
+            [(token(int(i)), bool(t)) for i, t in zip(row, flags, strict=True)]
+            for row, flags in zip(ids, trained, strict=True)
+        ]
+
+    def generate(
+        self,
+        prompts,
+        max_new_tokens=None,
+        *,
+        temperature=None,
+        top_k=None,
+        top_p=None,
+        min_p=None,
+        repetition_penalty=None,
+        num_beams=None,
+        seed=None,
+        stop="auto",
+        stream=False,
+        strip_prompt=False,
+        batch_size=32,
+        max_length=None,
+        stop_token_ids="auto",
+    ):
+        """Continues prompts; settings that are not given are those of `generation_config`.
+
+        Args:
+            prompts: a string, or a list or array of strings; or token ids, as `fit` takes them.
+            max_new_tokens: most tokens to add; 128, or what the context leaves, unless given.
+            temperature, top_k, top_p, min_p, repetition_penalty: see `samplers.Settings`; `temperature=0`
+                takes the most likely token.
+            num_beams: beams of a beam search; 1 for none. It takes no temperature.
+            seed: of the sampling; the same seed gives the same text on every backend.
+            stop: "auto" stops at the checkpoint's stop set; a string or a list of strings or token ids
+                stops there too; `None` never stops early.
+            stream: yield text as it comes, never half a character: pieces of the string, or a list of
+                pieces for a list of prompts; joined they are what `stream=False` returns. A number
+                says how many tokens to wait for; `True` is 1.
+            strip_prompt: leave the prompt out of the result.
+            batch_size: prompts at a time; with `stream` they all run at once.
+            max_length: KerasHub's name for the most tokens of prompt and completion together.
+            stop_token_ids: KerasHub's name for the ids to stop at, instead of the checkpoint's stop set.
+
+        Returns:
+            The prompt and its completion, a string for a string, else a list; for token ids
+            `{"token_ids", "padding_mask"}`, int32 (B, T), stop token included.
+
+        Raises:
+            ValueError: for an empty prompt, one that leaves no room in the context, or a setting out of range.
+        """
+        rows, texts = self._prompts(prompts)
+        plan = self._plan(
+            rows,
+            max_new_tokens,
+            max_length,
+            (temperature, top_k, top_p, min_p, repetition_penalty),
+            num_beams,
+            seed,
+            self._stops(stop, stop_token_ids),
+        )
+        tokenizer = None if texts is None else self.preprocessor.tokenizer
+        if tokenizer is None and (stream or plan.stop_texts):
+            raise invalid("`stream` and strings in `stop` need prompts that are strings.", stream=stream, stop=stop)
+        if stream:
+            if plan.num_beams > 1:
+                raise invalid("`stream` needs num_beams=1: a beam search knows its text at the end.", stream=stream)
+            pieces = completion.stream(self._loop, rows, plan, tokenizer, int(stream))
+            pieces = pieces if strip_prompt else itertools.chain([texts], pieces)
+            return (piece[0] for piece in pieces) if isinstance(prompts, str) else pieces
+        parts = [
+            (rows[start : start + batch_size], plan._replace(seed=plan.seed + start))
+            for start in range(0, len(rows), batch_size)
+        ]
+        if tokenizer is None:
+            new = [row for part in parts for row in completion.new_ids(self._loop, *part)]
+            return _padded(new if strip_prompt else [[*row, *more] for row, more in zip(rows, new, strict=True)])
+        found = [text for part in parts for text in completion.texts(self._loop, *part, tokenizer)]
+        answers = found if strip_prompt else [text + more for text, more in zip(texts, found, strict=True)]
+        return answers[0] if isinstance(prompts, str) else answers
+
+    def chat(self, messages, max_new_tokens=None, **options):
+        """The assistant's answer to a conversation, by the checkpoint's chat template.
+
+        Args:
+            messages: `[{"role": "user", "content": ...}, ...]`, or a string, the user's.
+            max_new_tokens, **options: as `generate` takes them; with `stream` yields the answer's pieces.
+
+        Raises:
+            ValueError: if there is no chat template, or a message has another form.
+        """
+        if self.preprocessor is None:
+            raise invalid("`chat` needs a preprocessor.", preprocessor=None)
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        ids = self.preprocessor.tokenizer.encode_chat(dialogue.check_messages(messages))
+        answers = self.generate(_Encoded([ids], [""]), max_new_tokens, strip_prompt=True, **options)
+        return (piece[0] for piece in answers) if options.get("stream") else answers[0]
+
+    def score(self, texts, batch_size=8):
+        """How likely texts are: for each a dict of `tokens`, `token_ids`, `log_probs` and `perplexity`.
+
+        Args:
+            texts: a string, or a list or array of strings; or token ids.
+            batch_size: texts per step.
+
+        Returns:
+            A dict for each text (one for a string): `log_probs` holds the natural logarithm of each
+            token's probability after the ones before; the first token has none. `perplexity` is
+            exp of minus their mean.
+
+        Raises:
+            ValueError: for a text of a single token, which has nothing to score.
+        """
+        rows, strings = self._prompts(texts)
+        for i, row in enumerate(rows):
+            if len(row) < 2:
+                raise invalid(f"Text {i} must have at least two tokens to score.", tokens=row)
+        scored = []
+        for start in range(0, len(rows), batch_size):
+            part = rows[start : start + batch_size]
+            batch = _padded(part, backend.bucket(max(map(len, part))))
+            found = ops.convert_to_numpy(self._score_step(batch["token_ids"], batch["padding_mask"]))
+            scored += [values[: len(row) - 1].astype(float) for values, row in zip(found, part, strict=True)]
+        answers = [
+            {"token_ids": row, "log_probs": values.tolist(), "perplexity": float(np.exp(-values.mean()))}
+            for row, values in zip(rows, scored, strict=True)
+        ]
+        if strings is not None:
+            token = self.preprocessor.tokenizer.token
+            answers = [{"tokens": [token(i) for i in answer["token_ids"]], **answer} for answer in answers]
+        return answers[0] if isinstance(texts, str) else answers
+
+    def get_config(self):
+        return {**super().get_config(), "generation_config": self.generation_config}
+
+    @functools.cached_property
+    def _loop(self):
+        return TokenLoop(self._next_logits, self.backbone.config, self.weights, self.dtype_policy.compute_dtype)
+
+    @functools.cached_property
+    def _score_step(self):
+        return backend.Compiled(self._log_probs, self.weights, backend.resolve_jit("auto"))
+
+    def _next_logits(self, token_ids, padding_mask, cache, index):
+        """Float32 logits after the last column (B, V), and the cache."""
+        hidden, cache = self.backbone.decode(token_ids, padding_mask, cache, index)
+        return ops.cast(self._to_logits(hidden[:, -1]), "float32"), cache
+
+    def _log_probs(self, token_ids, padding_mask):
+        """Log-probability of each token but the first, (B, T - 1)."""
+        hidden, _ = self.backbone.decode(token_ids, padding_mask)
+        logits = ops.cast(self._to_logits(hidden[:, :-1]), "float32")
+        chosen = ops.take_along_axis(logits, token_ids[:, 1:, None], axis=-1)
+        return ops.squeeze(chosen, -1) - ops.logsumexp(logits, axis=-1)
+
+    def _prompts(self, prompts):
+        """Rows of token ids, and the strings that they came from (`None` for token ids)."""
+        if isinstance(prompts, _Encoded):
+            return prompts
+        if self.preprocessor is not None and not _are_ids(prompts):
+            texts = check_texts([prompts] if isinstance(prompts, str) else prompts, "prompts")
+            return self.preprocessor.tokenizer.encode(texts, add_bos=self.preprocessor.add_bos), texts
+        arrays = self._token_ids(_padded(prompts) if isinstance(prompts, (list, tuple)) else prompts, "prompts")
+        rows = [ids[mask > 0].tolist() for ids, mask in zip(*arrays.values(), strict=True)]
+        for i, row in enumerate(rows):
+            if not row:
+                raise invalid(f"`prompts`, row {i}, must not be empty.", "It needs a token to begin with.", row=row)
+        return rows, None
+
+    def _stops(self, stop, stop_token_ids):
+        """Stop ids and stop strings of `generate`'s arguments."""
+        ids = self.stop_ids if stop_token_ids == "auto" else set(stop_token_ids or ())
+        if stop is None:
+            return set(), ()
+        given = [] if stop == "auto" else [stop] if isinstance(stop, (str, int)) else list(stop)
+        if any(isinstance(x, bool) or not isinstance(x, (str, int)) or x == "" for x in given):
+            raise invalid('`stop` must be "auto", None, or strings and token ids to stop at too.', stop=stop)
+        return ids | {x for x in given if isinstance(x, int)}, tuple(x for x in given if isinstance(x, str))
+
+    def _plan(self, rows, max_new_tokens, max_length, sampling, num_beams, seed, stops):
+        """The checked settings of one call."""
+        defaults = self.generation_config
+        sampled = bool(defaults.get("do_sample", defaults.get("temperature") is not None))
+        own = {"temperature": (defaults.get("temperature") or 1.0) if sampled else 0.0}
+        own |= {name: defaults[name] for name in Settings._fields[1:] if defaults.get(name) is not None}
+        given = {name: value for name, value in zip(Settings._fields, sampling, strict=True) if value is not None}
+        num_beams = num_beams if num_beams is not None else defaults.get("num_beams") or 1
+        if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
+            raise invalid("`num_beams` must be an integer of at least 1.", num_beams=num_beams)
+        if num_beams > 1 and given.get("temperature"):
+            hint = "Pass temperature=0."
+            raise invalid("`num_beams` above 1 searches and does not sample.", hint, temperature=given["temperature"])
+        return completion.Plan(
+            settings=Settings(**{**own, **given}).checked(),
+            num_beams=num_beams,
+            max_new_tokens=self._room(rows, max_new_tokens, max_length),
+            stop_ids=stops[0],
+            stop_texts=stops[1],
+            seed=int(np.random.randint(2**31)) if seed is None else seed,
+        )
+
+    def _room(self, rows, max_new_tokens, max_length):
+        """How many tokens to add: what was asked for, or what fits; never beyond the context."""
+        longest = max(map(len, rows))
+        context = self.backbone.config.context_length
+        if context is not None and longest >= context:
+            raise invalid(
+                f"`prompts` must be shorter than the context of {context} tokens.", "Shorten them.", tokens=longest
+            )
+        room = np.inf if context is None else context - longest
+        if max_new_tokens is None and max_length is not None:
+            max_new_tokens = max_length - longest
+        if max_new_tokens is None:
+            return int(min(self.generation_config.get("max_new_tokens") or 128, room))
+        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
+            raise invalid("`max_new_tokens` must be an integer of at least 1.", max_new_tokens=max_new_tokens)
+        if max_new_tokens > room:
+            raise invalid(
+                f"`max_new_tokens` must fit into the context of {context} tokens beside the prompt.",
+                f"At most {room} are left.",
+                max_new_tokens=max_new_tokens,
+                prompt_tokens=longest,
+            )
+        return int(max_new_tokens)
+
+
+class _Encoded(NamedTuple):
+    """Prompts that are token ids already, and the strings that stand for them."""
+
+    rows: list[list[int]]
+    texts: list[str]
+
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def _are_ids(prompts) -> bool:
+    if isinstance(prompts, (list, tuple)):
+        return bool(prompts) and not isinstance(prompts[0], (str, bytes, dict)) and np.ndim(prompts[0]) == 1
+    return is_token_ids(prompts)
+
+
+def _padded(rows, length=None) -> dict[str, np.ndarray]:
+    """Rows of token ids -> `token_ids` and `padding_mask`, int32 (B, T), padded on the right."""
+    arrays = np.zeros((2, len(rows), length or max(map(len, rows), default=0)), "int32")
+    for i, row in enumerate(rows):
+        arrays[0, i, : len(row)], arrays[1, i, : len(row)] = row, 1
+    return {"token_ids": arrays[0], "padding_mask": arrays[1]}

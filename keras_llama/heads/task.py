@@ -11,8 +11,11 @@ import keras
 import numpy as np
 
 from keras_llama import backend
+from keras_llama.checkpoints import hf, loader, mapping, presets
 from keras_llama.config import invalid
-from keras_llama.preprocessing import Batches, StreamedBatches, check_texts
+from keras_llama.layers import no_random_weights
+from keras_llama.preprocessing import Batches, StreamedBatches, TextPreprocessor, check_texts
+from keras_llama.tokenizer import Tokenizer
 
 
 class Task(keras.Model):
@@ -22,17 +25,101 @@ class Task(keras.Model):
     padding. A head gives its graph to the constructor and overrides what differs:
         `default_loss`, `default_metrics`: what `compile()` without arguments uses,
         `losses_by_name`, `metrics_by_name`: what strings mean for its outputs, which are logits,
+        `encode`: texts -> columns of rows, `token_ids` and what else belongs to each token,
         `check_targets`: the targets of so many rows, checked and turned into an array,
-        `finish_batch`: (inputs, targets, weights) of a padded batch, completed.
+        `finish_batch`: (inputs, targets, weights) of a padded batch, completed,
+        `preset_options`, `checkpoint_settings`: what it takes from a checkpoint, and writes into one.
     """
+
+    head = ""  # its weights' name in the words of Hugging Face: "lm_head", "score", "qa_outputs"
 
     def __init__(self, backbone, preprocessor, outputs, **kwargs):
         super().__init__(inputs=backbone.input, outputs=outputs, **kwargs)
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.dtype_policy = backbone.dtype_policy
-        if preprocessor is not None and preprocessor.tokenizer.proto is not None:
+        if preprocessor is not None and preprocessor.tokenizer.files:
             self._check_vocabulary()
+
+    @classmethod
+    def from_preset(cls, preset, dtype=None, sequence_length=None, **options):
+        """The task with the weights, the tokenizer and the settings of a checkpoint.
+
+        Args:
+            preset: a Hugging Face directory; a `.gguf` file; a llama2.c `.bin` file; `hf://org/name`, with
+                `@revision` if wanted; "smollm2_135m_instruct"; a KerasHub preset or backbone.
+            dtype: a Keras dtype policy or its name; `None` takes the global policy if it is not float32,
+                else the dtype in which the checkpoint loses nothing (bfloat16 for quantised files). To
+                train all weights pass "mixed_bfloat16" or "float32".
+            sequence_length: longest text to train on, in tokens; the checkpoint's own, at most 2,048, unless given.
+            **options: of the task, such as `labels`; a head that the checkpoint lacks starts at random.
+
+        Raises:
+            ValueError: if the checkpoint cannot be read or does not fit, in one table of names.
+        """
+        checkpoint = presets.open_checkpoint(preset)
+        own = checkpoint.options.get("preprocessor", {})
+        preprocessor = None
+        if checkpoint.tokenizer_files:
+            tokenizer = Tokenizer.from_files(checkpoint.tokenizer_files)
+            length = (
+                sequence_length or own.get("sequence_length") or min(checkpoint.config.context_length or 2048, 2048)
+            )
+            flags = {"add_bos": tokenizer.default_add_bos, "add_eos": tokenizer.default_add_eos, **own}
+            preprocessor = TextPreprocessor(tokenizer, **{**flags, "sequence_length": length})
+        options = {**cls.preset_options(checkpoint, preprocessor), **options}
+        backbone = loader.build_backbone(checkpoint, dtype)
+        with no_random_weights():
+            task = cls(backbone, preprocessor=preprocessor, **options)
+        loader.load(task, checkpoint, fresh=task.fresh_weights(checkpoint))
+        return task
+
+    @classmethod
+    def preset_options(cls, checkpoint, preprocessor):
+        """Arguments of the constructor that a checkpoint decides."""
+        return {}
+
+    def save_to_preset(self, directory, *, overwrite=False):
+        """Writes a folder that `from_preset` reads back whole, in the layout that other tools read too.
+
+        It is Hugging Face's: safetensors, `config.json`, tokenizer files; and `keras_llama.json` for what
+        those have no field for. A model that other tools would compute otherwise is marked as one that
+        they do not know.
+
+        Raises:
+            ValueError: if `directory` holds files and `overwrite` is not set.
+        """
+        settings = self.checkpoint_settings()
+        config = self.backbone.config
+        own = {
+            "version": 1,
+            "class": type(self).__name__,
+            "config": {"causal": config.causal, "dropout": config.dropout, "context_length": config.context_length},
+            "options": settings["options"],
+        }
+        if self.preprocessor is not None:
+            flags = ("sequence_length", "add_bos", "add_eos")
+            own["options"]["preprocessor"] = {name: getattr(self.preprocessor, name) for name in flags}
+        if settings["differs"]:
+            settings["fields"]["model_type"] = "keras_llama"
+        presets.write_directory(self, settings, directory, own, overwrite)
+
+    def checkpoint_settings(self):
+        """What a checkpoint says of this task beside its weights, for `save_checkpoint`."""
+        config, tokenizer = self.backbone.config, None if self.preprocessor is None else self.preprocessor.tokenizer
+        fields = {**hf.fields_from_config(config), "dtype": self.dtype_policy.variable_dtype}
+        fields["torch_dtype"] = fields["dtype"]  # the older spelling
+        if tokenizer is not None:
+            ids = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+            fields |= {name: token for name, token in ids.items() if token >= 0}
+        return {
+            "fields": fields,
+            "prefix": "model.",
+            "files": {} if tokenizer is None else tokenizer.files,
+            "generation": {},
+            "options": {},
+            "differs": "" if config.causal else "bidirectional attention",
+        }
 
     def default_loss(self):
         raise NotImplementedError
@@ -138,7 +225,7 @@ class Task(keras.Model):
         """Logits, float32, a row for each text or row of token ids, in their order."""
         if isinstance(x, keras.utils.PyDataset):
             return super().predict(self._dataset(x, predicting=True), **kwargs)
-        inputs, lengths = self._rows(x, one_length=len(self.output_shape) == 3)
+        inputs, lengths = self._rows(x, predicting=True, one_length=len(self.output_shape) == 3)
         batches = Batches(inputs, lengths, lambda inputs, *_: (inputs,), batch_size=batch_size or 32)
         outputs = super().predict(backend.stream(batches), **kwargs)
         restored = np.empty_like(outputs)
@@ -166,6 +253,10 @@ class Task(keras.Model):
             os.replace(unfinished, path)
         finally:
             unfinished.unlink(missing_ok=True)
+
+    def encode(self, x, argument="x", cut=None, predicting=False):
+        """Texts -> columns of rows: `token_ids`, int32 (T_i,) each, and what a head adds."""
+        return {"token_ids": self.preprocessor.encode(check_texts(x, argument), cut)}
 
     def save_assets(self, directory):
         if self.preprocessor is not None:
@@ -209,23 +300,27 @@ class Task(keras.Model):
         )
         return backend.stream(batches)
 
-    def _rows(self, x, argument="x", one_length=False):
+    def _rows(self, x, argument="x", predicting=False, one_length=False):
         """A function from row numbers to inputs, and the tokens of each row, for texts or token ids."""
-        if self.preprocessor is None or _is_token_ids(x):
+        if self.preprocessor is None or is_token_ids(x):
             arrays = self._token_ids(x, argument)
             rows = len(arrays["token_ids"])
             return lambda chosen: {key: value[chosen] for key, value in arrays.items()}, np.zeros(rows)
-        rows = self.preprocessor.encode(check_texts(x, argument))
-        lengths = np.array([len(row) for row in rows])
+        columns = self.encode(x, argument, predicting=predicting)
+        lengths = np.array([len(row) for row in columns["token_ids"]])
         longest = int(lengths.max()) if one_length else None
-        return lambda chosen: self.preprocessor.pad([rows[i] for i in chosen], longest), lengths
+
+        def inputs(chosen):
+            return self.preprocessor.pad({name: [rows[i] for i in chosen] for name, rows in columns.items()}, longest)
+
+        return inputs, lengths
 
     def _prepare(self, x, y=None, sample_weight=None, *, cut, predicting):
         """One batch of a user's `PyDataset`, tokenized and finished."""
-        if self.preprocessor is None or _is_token_ids(x):
+        if self.preprocessor is None or is_token_ids(x):
             inputs = self._token_ids(x)
         else:
-            inputs = self.preprocessor.pad(self.preprocessor.encode(check_texts(x), cut))
+            inputs = self.preprocessor.pad(self.encode(x, cut=cut, predicting=predicting))
         if predicting:
             return (inputs,)
         rows = len(inputs["token_ids"])
@@ -260,6 +355,11 @@ class Task(keras.Model):
             )
         return {key: value.astype("int32") for key, value in arrays.items()}
 
+    def fresh_weights(self, checkpoint):
+        """Hugging Face's names of the head's weights that a checkpoint of another task may lack."""
+        names = (mapping.from_ours(variable.path)[1] for variable in self.weights)
+        return [name for name in names if checkpoint.head != self.head == name.split(".")[0]]
+
     def _check_vocabulary(self):
         tokens, size = self.preprocessor.tokenizer.vocabulary_size, self.backbone.config.vocabulary_size
         if tokens > size:
@@ -271,9 +371,10 @@ class Task(keras.Model):
             )
 
 
-def _is_token_ids(x) -> bool:
+def is_token_ids(x) -> bool:
+    """Whether `x` holds token ids: a dict with them, or an int array (B, T)."""
     dtype = str(getattr(x, "dtype", ""))
-    return isinstance(x, dict) or ("int" in dtype and len(x.shape) == 2)
+    return (isinstance(x, dict) and "token_ids" in x) or ("int" in dtype and len(x.shape) == 2)
 
 
 def _without_none(batch):
@@ -293,7 +394,7 @@ def _hold_out(share, x, y, sample_weight):
     """Splits the last `share` of the rows off: ((x, y, w) to train on, (x, y, w) to validate on)."""
     if not 0 < share < 1 or isinstance(x, keras.utils.PyDataset):
         raise invalid("`validation_split` must lie in (0, 1) and needs lists or arrays.", validation_split=share)
-    rows = len(x["token_ids"] if isinstance(x, dict) else x)
+    rows = len(next(iter(x.values())) if isinstance(x, dict) else x)
     cut = rows - int(rows * share)
     if cut in (0, rows):
         raise invalid("`validation_split` must leave a row on both sides.", validation_split=share, rows=rows)

@@ -4,12 +4,14 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_llama.checkpoints import hf
 from keras_llama.config import invalid
 from keras_llama.heads.task import Task
 from keras_llama.layers import normal_initializer, register
 
 POOLINGS = ("last", "mean")
 PROBLEM_TYPES = ("single", "multi", "regression")
+_OPTIONS = ("labels", "num_classes", "problem_type", "pooling", "dropout")
 
 
 @register
@@ -96,6 +98,26 @@ class LlamaTextClassifier(Task):
         self.problem_type = problem_type
         self.pooling = pooling
         self.dropout = dropout
+
+    head = "score"
+
+    @classmethod
+    def preset_options(cls, checkpoint, preprocessor):
+        return {name: checkpoint.options[name] for name in _OPTIONS if name in checkpoint.options}
+
+    def checkpoint_settings(self):
+        settings = super().checkpoint_settings()
+        labels = self.labels or [f"LABEL_{i}" for i in range(self.num_classes)]
+        settings["fields"] |= {
+            "architectures": ["LlamaForSequenceClassification"],
+            "id2label": {str(i): label for i, label in enumerate(labels)},
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "problem_type": hf.PROBLEM_TYPES[self.problem_type],
+        }
+        settings["options"] = {name: getattr(self, name) for name in _OPTIONS}
+        if self.pooling != "last":
+            settings["differs"] = settings["differs"] or f"pooling={self.pooling!r}"
+        return settings
 
     def default_loss(self):
         return {

@@ -1,0 +1,1 @@
+"""Checkpoints of other projects, in and out: one table of names, one file per format."""

@@ -1,0 +1,249 @@
+"""The token loop: prefill, steps, stop set, streaming, beams. It sees token ids only.
+
+Shapes: B batch, T prompt length, S columns of the cache, V vocabulary, n beams.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_llama import backend
+from keras_llama import cache as kv_cache
+from keras_llama.config import LlamaConfig
+from keras_llama.samplers import choose, penalize
+
+
+class State(NamedTuple):
+    """What one step hands to the next.
+
+    Attributes:
+        tokens: int32 (B, S), prompts padded on the left, then what was generated.
+        mask: int32 (B, S), 1 for the tokens of a text.
+        cache: keys and values of the columns before `column` - 1.
+        seen: bool (B, V), tokens that a text holds already.
+        done: bool (B,), rows that have met a stop token.
+        column: int32 (), the next column to write.
+    """
+
+    tokens: Any
+    mask: Any
+    cache: Any
+    seen: Any
+    done: Any
+    column: Any
+
+
+class TokenLoop:
+    """Generates token ids with a model's step, compiled once per bucket of lengths.
+
+    Prompts are padded on the left to a bucket, so that every row's next token stands in the same
+    column; positions come from the mask, so padding changes nothing.
+
+    Args:
+        step: (token_ids (B, T), padding_mask (B, S), cache, index) -> float32 logits of the last
+            column (B, V), cache.
+        config: sizes of the cache and of the vocabulary.
+        variables: the weights that `step` reads.
+        dtype: of the cache.
+    """
+
+    def __init__(self, step: Callable, config: LlamaConfig, variables: Sequence, dtype: str):
+        self.step, self.config, self.dtype = step, config, dtype
+        jit = backend.resolve_jit("auto")
+        self._start = backend.Compiled(self._prefill_and_choose, variables, jit)
+        self._advance = backend.Compiled(self._advance_until, variables, jit, donate=(0,))
+        self._prefill_beams = backend.Compiled(self._expand_prompts, variables, jit)
+        self._step_beams = backend.Compiled(self._expand_beams, variables, jit, donate=(0,))
+
+    @property
+    def traces(self) -> int:
+        """How often a function was traced, and so compiled, for new shapes (0 on torch)."""
+        return sum(f.traces for f in (self._start, self._advance, self._prefill_beams, self._step_beams))
+
+    def generate(self, prompts, max_new_tokens, settings, stop_ids, seed, chunk=None, finished=None) -> Iterator:
+        """Yields new token ids as they come: int32 (B, at most `chunk`), and rows done, bool (B,).
+
+        Args:
+            prompts: rows of token ids, none empty.
+            max_new_tokens: at least 1.
+            settings: `samplers.Settings`, as arrays.
+            stop_ids: ids that end a row; they are yielded, what follows in the row is padding.
+            seed: of the uniform numbers that sampling takes.
+            chunk: tokens per yield; all at once unless given.
+            finished: called after each chunk with the new ids so far (B, t) -> bool (B,), rows to stop.
+        """
+        tokens, mask, seen, first = self._prompt_arrays(prompts, max_new_tokens)
+        stops = np.array(sorted(stop_ids) or [-1], "int32")
+        uniforms = np.stack([np.random.default_rng([seed, i]).random(tokens.shape[1]) for i in range(len(prompts))])
+        sampling = (settings, stops, uniforms.astype("float32"))
+        last = first + max_new_tokens
+        state = self._start(tokens[:, :first], mask, seen, *sampling)
+        shown = first
+        while True:
+            column = min(shown + (chunk or max_new_tokens), last)
+            state = self._advance(state, np.int32(column), *sampling)
+            column = int(state.column)
+            written = ops.convert_to_numpy(state.tokens)[:, first:column]
+            done = ops.convert_to_numpy(state.done)
+            if finished is not None:
+                done = np.logical_or(done, finished(written))
+                state = state._replace(done=ops.convert_to_tensor(done))
+            yield written[:, shown - first :], done
+            shown = column
+            if column == last or done.all():
+                return
+
+    def beam_search(self, prompts, max_new_tokens, num_beams, penalty, stop_ids) -> list[list[int]]:
+        """The best of `num_beams` continuations of each prompt, by mean log-probability per token.
+
+        Beam search as Transformers runs it with `length_penalty=1` and `early_stopping=False`.
+        """
+        tokens, mask, seen, first = self._prompt_arrays(prompts, max_new_tokens)
+        search = _Beams(len(prompts), num_beams, sorted(stop_ids), self.config.vocabulary_size)
+        options = (np.float32(penalty), np.array(search.stop_ids or [-1], "int32"))
+        cache, *found = self._prefill_beams(tokens[:, :first], mask, seen, search.scores, *options)
+        mask, seen = (np.repeat(x, num_beams, axis=0) for x in (mask, seen))
+        for column in range(first, first + max_new_tokens):
+            rows = search.update(*(ops.convert_to_numpy(x) for x in found))
+            if search.settled() or column == first + max_new_tokens - 1:
+                break
+            ids, seen = search.last_ids(), seen[rows]
+            mask[:, column] = 1
+            seen[np.arange(len(rows)), ids] = True
+            cache, *found = self._step_beams(
+                cache, rows, ids[:, None], mask, np.int32(column), seen, search.scores, *options
+            )
+        return search.best()
+
+    def _prompt_arrays(self, prompts, max_new_tokens):
+        """Tokens and mask (B, S), seen (B, V), and the first column after the prompts."""
+        first = backend.bucket(max(len(prompt) for prompt in prompts))
+        columns = first + backend.bucket(max_new_tokens)
+        tokens, mask = np.zeros((2, len(prompts), columns), "int32")
+        seen = np.zeros((len(prompts), self.config.vocabulary_size), bool)
+        for i, prompt in enumerate(prompts):
+            tokens[i, first - len(prompt) : first] = prompt
+            mask[i, first - len(prompt) : first] = 1
+            seen[i, np.asarray(prompt)] = True
+        return tokens, mask, seen, first
+
+    def _prefill(self, prompts, mask):
+        """Logits of the first new token (B, V), and the cache, from prompts (B, T) and mask (B, S)."""
+        rows, columns = mask.shape
+        cache = kv_cache.make(self.config, rows, columns, self.dtype)
+        return self.step(prompts, mask, cache, 0)
+
+    def _prefill_and_choose(self, prompts, mask, seen, settings, stops, uniforms):
+        logits, cache = self._prefill(prompts, mask)
+        rows, column = prompts.shape
+        tokens = ops.pad(prompts, [[0, 0], [0, mask.shape[1] - column]])
+        done = ops.zeros((rows,), "bool")
+        state = State(tokens, mask, cache, seen, done, ops.convert_to_tensor(column, "int32"))
+        return self._write(state, logits, settings, stops, uniforms)
+
+    def _advance_until(self, state, column, settings, stops, uniforms):
+        def unfinished(*state):
+            state = State(*state)
+            return ops.logical_and(state.column < column, ops.logical_not(ops.all(state.done)))
+
+        def one(*state):
+            state = State(*state)
+            last = ops.slice(state.tokens, [0, state.column - 1], [state.tokens.shape[0], 1])
+            logits, cache = self.step(last, state.mask, state.cache, state.column - 1)
+            return tuple(self._write(state._replace(cache=cache), logits, settings, stops, uniforms))
+
+        return State(*ops.while_loop(unfinished, one, tuple(state)))
+
+    def _write(self, state, logits, settings, stops, uniforms):
+        """Chooses the next tokens and writes them into their column; rows that are done get padding."""
+        rows = state.tokens.shape[0]
+        uniform = ops.squeeze(ops.slice(uniforms, [0, state.column], [rows, 1]), 1)
+        ids = ops.where(state.done, 0, choose(logits, state.seen, settings, uniform))
+        real = ops.cast(ops.logical_not(state.done), "int32")
+        start = [0, state.column]
+        return State(
+            tokens=ops.slice_update(state.tokens, start, ids[:, None]),
+            mask=ops.slice_update(state.mask, start, real[:, None]),
+            cache=state.cache,
+            seen=ops.logical_or(state.seen, ops.one_hot(ids, self.config.vocabulary_size, dtype="bool")),
+            done=ops.logical_or(state.done, ops.any(ids[:, None] == stops[None, :], axis=-1)),
+            column=state.column + 1,
+        )
+
+    def _expand_prompts(self, prompts, mask, seen, scores, penalty, stops):
+        """Cache of every beam, and the best first tokens: log-probabilities and ids (B, width)."""
+        logits, cache = self._prefill(prompts, mask)
+        rows, num_beams = scores.shape
+        found, ids = ops.top_k(self._log_probabilities(logits, seen, penalty), _width(num_beams, stops))
+        return kv_cache.reorder(cache, ops.repeat(ops.arange(rows, dtype="int32"), num_beams)), found, ids
+
+    def _expand_beams(self, cache, rows, last, mask, column, seen, scores, penalty, stops):
+        """Cache of the chosen rows, and the best continuations over all beams of a prompt (B, width)."""
+        logits, cache = self.step(last, mask, kv_cache.reorder(cache, rows), column)
+        total = self._log_probabilities(logits, seen, penalty) + ops.reshape(scores, (-1, 1))
+        prompts, num_beams = scores.shape
+        found, ids = ops.top_k(ops.reshape(total, (prompts, -1)), _width(num_beams, stops))
+        return cache, found, ids
+
+    def _log_probabilities(self, logits, seen, penalty):
+        return penalize(ops.log_softmax(logits, axis=-1), seen, penalty)
+
+
+def _width(num_beams, stops):
+    """How many continuations to look at: enough that `num_beams` of them do not stop."""
+    return max(2, 1 + stops.shape[0]) * num_beams
+
+
+class _Beams:
+    """The books of a beam search, on the host: running beams and finished ones of each prompt."""
+
+    def __init__(self, prompts: int, num_beams: int, stop_ids: list[int], vocabulary_size: int):
+        self.num_beams, self.stop_ids, self.vocabulary_size = num_beams, stop_ids, vocabulary_size
+        self.running: list[list[tuple[int, ...]]] = [[()] for _ in range(prompts)]
+        self.scores = np.zeros((prompts, num_beams), "float32")
+        self.finished: list[list[tuple[float, tuple[int, ...]]]] = [[] for _ in range(prompts)]
+        self.open = np.ones(prompts, bool)  # prompts whose running beams may still beat a finished one
+
+    def update(self, found, flat):
+        """Takes the best continuations in: log-probabilities and beam * V + id (B, width), best first.
+
+        Returns the rows (B * n,) of the beams that the new running ones continue.
+        """
+        origins, ids = np.divmod(flat, self.vocabulary_size)
+        stopped = np.isin(ids, self.stop_ids)
+        rows = []
+        for i, running in enumerate(self.running):
+            beams = [(*running[k], int(token)) for k, token in zip(origins[i], ids[i], strict=True)]
+            length = len(beams[0])
+            if self.open[i]:
+                # Only the first n candidates may finish; the others are there to keep n beams running.
+                ended = [(float(found[i, k]) / length, beams[k]) for k in range(self.num_beams) if stopped[i, k]]
+                self.finished[i] = sorted(self.finished[i] + ended, key=lambda pair: -pair[0])[: self.num_beams]
+            chosen = np.flatnonzero(~stopped[i])[: self.num_beams]
+            self.running[i], self.scores[i] = [beams[k] for k in chosen], found[i, chosen]
+            rows.append(i * self.num_beams + origins[i, chosen])
+            if len(self.finished[i]) == self.num_beams:
+                self.open[i] &= self.scores[i, 0] / length > self.finished[i][-1][0]
+        return np.concatenate(rows).astype("int32")
+
+    def settled(self) -> bool:
+        """Whether no running beam of any prompt can beat its finished ones."""
+        return not self.open.any()
+
+    def last_ids(self) -> np.ndarray:
+        """The newest token of each running beam, (B * n,)."""
+        return np.array([beam[-1] for beams in self.running for beam in beams], "int32")
+
+    def best(self) -> list[list[int]]:
+        """The best finished continuation of each prompt, or the best running one where the length ran out."""
+        best = []
+        for finished, running, scores, still_open in zip(
+            self.finished, self.running, self.scores, self.open, strict=True
+        ):
+            candidates = list(finished)
+            if still_open:
+                candidates += [(float(s) / len(b), b) for s, b in zip(scores, running, strict=True)]
+            best.append(list(max(candidates, key=lambda pair: pair[0])[1]))
+        return best

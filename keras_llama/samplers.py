@@ -1,0 +1,92 @@
+"""Logits -> next token: functions, no model in sight. Shapes: B batch, V vocabulary.
+
+All settings are tensors, so that a new value compiles nothing anew. The order is Transformers':
+repetition penalty, temperature, top-k, top-p, min-p.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from keras import ops
+
+from keras_llama.config import invalid
+
+
+class Settings(NamedTuple):
+    """How to choose a token; the defaults choose the most likely one and filter nothing.
+
+    Attributes:
+        temperature: 0 takes the most likely token; above 0, logits are divided by it and sampled from.
+        top_k: sample from the k most likely tokens; 0 from all.
+        top_p: sample from the fewest tokens that hold this much probability; 1 from all
+            (Holtzman et al., 2020, https://arxiv.org/abs/1904.09751).
+        min_p: drop tokens less likely than this share of the most likely one; 0 drops none
+            (Nguyen et al., 2025, https://arxiv.org/abs/2407.01082).
+        repetition_penalty: divides positive and multiplies negative logits of tokens seen before;
+            1 leaves them (Keskar et al., 2019, https://arxiv.org/abs/1909.05858).
+    """
+
+    temperature: Any = 0.0
+    top_k: Any = 0
+    top_p: Any = 1.0
+    min_p: Any = 0.0
+    repetition_penalty: Any = 1.0
+
+    def checked(self) -> "Settings":
+        """The same settings as arrays, or a `ValueError` that names the one out of range."""
+        ranges = {
+            "temperature": (0, np.inf, "a number of at least 0"),
+            "top_p": (1e-9, 1, "a number above 0 and at most 1"),
+            "min_p": (0, 1, "a number from 0 to 1"),
+            "repetition_penalty": (1e-9, np.inf, "a number above 0"),
+        }
+        for name, (low, high, expected) in ranges.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float, np.number)) or not low <= value <= high:
+                raise invalid(f"`{name}` must be {expected}.", **{name: value})
+            if not np.isfinite(value):
+                raise invalid(f"`{name}` must be finite.", **{name: value})
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, (int, np.integer)) or self.top_k < 0:
+            raise invalid("`top_k` must be an integer of at least 0; 0 switches it off.", top_k=self.top_k)
+        arrays = {name: np.array(x, "int32" if name == "top_k" else "float32") for name, x in self._asdict().items()}
+        return Settings(**arrays)
+
+
+def penalize(logits, seen, penalty):
+    """Makes the tokens of `seen`, bool (B, V), less likely: logits (B, V) -> same."""
+    return ops.where(seen, ops.where(logits > 0, logits / penalty, logits * penalty), logits)
+
+
+def keep_likely(logits, settings):
+    """Sets the logits (B, V) that top-k, top-p and min-p drop to minus infinity; the most likely one stays."""
+    size = logits.shape[-1]
+    ordered = ops.flip(ops.sort(logits, axis=-1), axis=-1)
+    top_k = ops.where(settings.top_k > 0, ops.minimum(settings.top_k, size), size)
+    kept = ops.where(ordered >= ops.take(ordered, top_k - 1, axis=-1)[:, None], ordered, -np.inf)
+    likely = ops.softmax(kept, axis=-1)
+    before = ops.cumsum(likely, axis=-1) - likely  # probability of all tokens that are more likely
+    nucleus = ops.logical_or(before < settings.top_p, settings.top_p >= 1)  # `before` is rounded and may reach 1
+    chosen = ops.logical_and(nucleus, likely >= settings.min_p * likely[:, :1])
+    chosen = ops.logical_and(chosen, likely > 0)
+    least = ops.min(ops.where(chosen, ordered, np.inf), axis=-1, keepdims=True)
+    return ops.where(logits >= least, logits, -np.inf)
+
+
+def draw(logits, uniform):
+    """Samples a token per row: logits (B, V), uniform numbers in [0, 1) (B,) -> int32 (B,).
+
+    Inverts the cumulative distribution, so that one number of the host decides a token and the same
+    seed gives the same text on every backend.
+    """
+    total = ops.cumsum(ops.softmax(logits, axis=-1), axis=-1)
+    return ops.cast(ops.argmax(total > uniform[:, None] * total[:, -1:], axis=-1), "int32")
+
+
+def choose(logits, seen, settings, uniform):
+    """The next token of each row, int32 (B,): logits float32 (B, V), seen bool (B, V), uniform (B,)."""
+    logits = penalize(logits, seen, settings.repetition_penalty)
+    return ops.cond(
+        settings.temperature > 0,
+        lambda: draw(keep_likely(logits / settings.temperature, settings), uniform),
+        lambda: ops.cast(ops.argmax(logits, axis=-1), "int32"),
+    )

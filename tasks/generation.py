@@ -1,0 +1,140 @@
+"""Text generation: continue prompts or answer them, with a checkpoint or with a model trained here first.
+
+    python -m tasks.generation --prompt "The capital of France is"
+    python -m tasks.generation --chat --prompt "What is gravity?" --temperature 0.7 --seed 1
+    python -m tasks.generation --data stories.txt --size small --epochs 3 --prompt "Once upon a time"
+
+Without --data the model is --preset, by default SmolLM2-135M-Instruct. With --data it is trained first,
+from scratch or from --preset, and saved as a folder that Transformers reads too.
+"""
+
+import pathlib
+import time
+
+from tasks import common, data
+
+PRESET = "smollm2_135m_instruct"
+
+
+def load(args):
+    """Training, validation and test rows of --data."""
+    rows = data.generation_rows(args.data)
+    train, test = (rows, data.generation_rows(args.test_data)) if args.test_data else common.split(rows, 0.1)
+    train, validation = common.split(train, 0.1)
+    train, validation, test = (common.sample(part, args.limit) for part in (train, validation, test))
+    if not (train and validation and test):
+        raise common.DataError(f"Expected texts to train, validate and test on. Received: {len(rows)} rows.")
+    return [[row for _, row in part] for part in (train, validation, test)]
+
+
+def build(args, texts):
+    """The checkpoint of --preset, or a new model over a vocabulary learned from the training texts."""
+    import keras_llama
+
+    if not texts:
+        options = {"dtype": args.dtype, "sequence_length": args.sequence_length}
+        return keras_llama.LlamaCausalLM.from_preset(args.preset or PRESET, **options)
+    if args.preset:
+        return common.from_preset(args, keras_llama.LlamaCausalLM)
+    if not isinstance(texts[0], str):
+        raise common.DataError("--data holds conversations: pass the checkpoint to fine-tune as --preset.")
+    tokenizer = keras_llama.SentencePieceTokenizer.train(texts, args.vocabulary_size)
+    backbone = keras_llama.LlamaBackbone(
+        vocabulary_size=tokenizer.vocabulary_size,
+        **keras_llama.size(args.size),
+        tie_word_embeddings=True,
+        dropout=args.dropout,
+        context_length=args.sequence_length,
+        dtype=args.precision,
+    )
+    preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length, add_eos=True)
+    return keras_llama.LlamaCausalLM(backbone, preprocessor)
+
+
+def train(lm, args, rows, validation, test):
+    """Fits, keeps the best epoch, saves the folder; returns what the report says of it."""
+    import keras
+
+    lm.compile(**common.compile_options(args, len(rows), args.weight_decay))
+    best = keras.callbacks.EarlyStopping("val_loss", patience=1, restore_best_weights=True)
+    started = time.perf_counter()
+    options = {"batch_size": args.batch_size, "epochs": args.epochs, "callbacks": [best]}
+    history = lm.fit(rows, validation_data=(validation,), **options).history
+    seconds = time.perf_counter() - started
+    output = pathlib.Path(args.output_dir)
+    output.mkdir(parents=True, exist_ok=True)
+    common.plot_training(output / "training.png", history)
+    lm.save_to_preset(output / "preset", overwrite=True)
+    print(f"{output / 'preset'}: saved for `from_preset`, Transformers and `keras-llama convert`")
+    return {
+        "rows": {"train": len(rows), "validation": len(validation), "test": len(test)},
+        "train_seconds": round(seconds, 1),
+        "examples_per_second": round(len(rows) * len(history["loss"]) / seconds, 1),
+        "perplexity": float(lm.evaluate(test, batch_size=args.batch_size, return_dict=True)["perplexity"]),
+    }
+
+
+def prompts_of(args):
+    """The prompts of --prompt and --prompts; every one of them is answered."""
+    return [*args.prompt, *(data.prompt_lines(args.prompts) if args.prompts else [])]
+
+
+def answer(lm, args, prompt):
+    """Prints the continuation of a prompt, or the answer to it, as it comes, and returns it."""
+    from keras_llama.cli import generation_options
+
+    options = generation_options(args)
+    run = lm.chat if args.chat else lm.generate
+    whole = options.get("num_beams", 1) > 1  # a beam search knows its text at the end
+    pieces = []
+    for piece in [run(prompt, **options)] if whole else run(prompt, stream=True, **options):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print("\n")
+    return "".join(pieces)
+
+
+def run(args, lm, parts, prompts):
+    import keras
+
+    report = {"task": "generation", "backend": keras.config.backend(), "parameters": lm.count_params()}
+    if parts:
+        report |= train(lm, args, *parts)
+        print(f"test perplexity {report['perplexity']:.3f}")
+    report["generated"] = [{"prompt": prompt, "text": answer(lm, args, prompt)} for prompt in prompts]
+    report["settings"] = vars(args)
+    common.write_report(args.report or pathlib.Path(args.output_dir) / "metrics.json", report)
+
+
+def main(arguments=None):
+    flags = common.parser("generation", __doc__, size="small", epochs=3, batch_size=16, learning_rate=1e-3)
+    flags.add_argument("--prompt", action="append", default=[], help="a text to continue; may be repeated")
+    flags.add_argument("--prompts", help="a file of prompts, one a line")
+    flags.add_argument("--chat", action="store_true", help="answer by the checkpoint's chat template")
+    flags.add_argument("--dtype", help="without --data: of the weights; default: what they were saved in")
+    flags.add_argument("--vocabulary-size", type=common.positive, default=4000)
+    flags.add_argument("--sequence-length", type=common.positive, default=512, help="tokens; longer texts are cut")
+    flags.add_argument("--dropout", type=float, default=0.0)
+    flags.add_argument("--weight-decay", type=float, default=0.1)
+    from keras_llama.cli import add_generation_flags  # starts Keras
+
+    add_generation_flags(flags)
+    args = flags.parse_args(arguments)
+    try:
+        parts, prompts = load(args) if args.data else [], prompts_of(args)
+        if not parts and not prompts:
+            raise common.DataError("Expected --prompt, --prompts or --data. Received: none of them.")
+        import keras
+
+        import keras_llama
+
+        keras_llama.set_memory_growth()
+        keras.utils.set_random_seed(args.seed)
+        lm = build(args, parts[0] if parts else [])
+    except ValueError as error:
+        flags.error(str(error))
+    run(args, lm, parts, prompts)
+
+
+if __name__ == "__main__":
+    main()

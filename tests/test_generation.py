@@ -1,0 +1,133 @@
+"""The token loop: the ids of Transformers' `generate`, alone and in batches; stops, beams, compilations."""
+
+import keras
+import numpy as np
+import pytest
+import reference
+import torch
+
+import keras_llama
+
+PROMPTS = [np.random.default_rng(n).integers(1, 61, n).tolist() for n in (3, 9, 14)]
+
+
+@pytest.fixture(scope="module")
+def models():
+    return reference.pair()
+
+
+def theirs(model, prompts, new, **options):
+    """Transformers' continuations, without what follows the first stop token."""
+    stops = options.get("eos_token_id") or []
+    length = max(map(len, prompts))
+    ids, mask = np.zeros((2, len(prompts), length), int)
+    for i, prompt in enumerate(prompts):
+        ids[i, length - len(prompt) :], mask[i, length - len(prompt) :] = prompt, 1
+    options = {"do_sample": False, "pad_token_id": 0, "max_new_tokens": new, **options}
+    rows = model.generate(torch.tensor(ids), attention_mask=torch.tensor(mask), **options)[:, length:].tolist()
+    ends = [next((i + 1 for i, token in enumerate(row) if token in stops), new) for row in rows]
+    return [row[:end] for row, end in zip(rows, ends, strict=True)]
+
+
+def ours(lm, prompts, new, **options):
+    found = lm.generate(prompts, new, strip_prompt=True, **options)
+    return [ids[mask > 0].tolist() for ids, mask in zip(*found.values(), strict=True)]
+
+
+@pytest.mark.parametrize("stops", [None, [7], [7, 9, 11, 44]])
+@pytest.mark.parametrize("beams", [1, 4])
+def test_ids_are_those_of_transformers(models, stops, beams):
+    reference_model, lm = models
+    expected = theirs(reference_model, PROMPTS, 20, num_beams=beams, eos_token_id=stops)
+    assert ours(lm, PROMPTS, 20, num_beams=beams, stop_token_ids=stops) == expected
+    if stops and len(stops) > 1:
+        assert min(map(len, expected)) < 20  # a stop token was met
+
+
+def test_a_prompt_alone_is_as_in_a_batch(models):
+    _, lm = models
+    together = ours(lm, PROMPTS, 12)
+    assert [ours(lm, [prompt], 12)[0] for prompt in PROMPTS] == together
+    assert [ours(lm, [prompt], 12, batch_size=1)[0] for prompt in PROMPTS] == together
+
+
+def test_padding_on_either_side_changes_nothing(models):
+    _, lm = models
+    ids, mask = np.zeros((2, 3, 16), "int32")
+    for i, prompt in enumerate(PROMPTS):
+        ids[i, : len(prompt)], mask[i, : len(prompt)] = prompt, 1
+    right = ours(lm, {"token_ids": ids, "padding_mask": mask}, 12)
+    left = ours(lm, {"token_ids": ids[:, ::-1], "padding_mask": mask[:, ::-1]}, 12)
+    assert right == ours(lm, PROMPTS, 12)
+    assert left == ours(lm, [prompt[::-1] for prompt in PROMPTS], 12)
+
+
+def test_without_a_cache_the_ids_are_the_same(models):
+    """Each token from a whole forward over the text so far."""
+    _, lm = models
+    text = list(PROMPTS[1])
+    for _ in range(10):
+        logits = lm({"token_ids": np.array([text], "int32"), "padding_mask": np.ones((1, len(text)), "int32")})
+        text.append(int(keras.ops.convert_to_numpy(logits)[0, -1].argmax()))
+    assert ours(lm, [PROMPTS[1]], 10)[0] == text[len(PROMPTS[1]) :]
+
+
+def test_a_repetition_penalty_is_transformers(models):
+    reference_model, lm = models
+    for beams in (1, 3):
+        expected = theirs(reference_model, [PROMPTS[1]], 15, repetition_penalty=1.4, num_beams=beams)
+        assert ours(lm, [PROMPTS[1]], 15, repetition_penalty=1.4, num_beams=beams) == expected
+
+
+def test_one_prompt_of_one_token_generates_one_token(models):
+    reference_model, lm = models
+    assert ours(lm, [[5]], 1) == theirs(reference_model, [[5]], 1)
+    assert ours(lm, [[5]], 1, num_beams=4) == theirs(reference_model, [[5]], 1, num_beams=4)
+
+
+def test_the_seed_decides_what_is_sampled(models):
+    _, lm = models
+    options = {"temperature": 1.5, "top_k": 30}
+    first = ours(lm, PROMPTS, 12, seed=1, **options)
+    assert ours(lm, PROMPTS, 12, seed=1, **options) == first
+    assert ours(lm, PROMPTS, 12, seed=2, **options) != first
+    assert ours(lm, PROMPTS, 12, **options) != ours(lm, PROMPTS, 12, **options)
+    keras.utils.set_random_seed(3)
+    drawn = ours(lm, PROMPTS, 12, **options)
+    keras.utils.set_random_seed(3)
+    assert ours(lm, PROMPTS, 12, **options) == drawn
+
+
+def test_a_seed_gives_the_same_ids_on_every_backend(make_backbone):
+    lm = keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=True))
+    found = ours(lm, [[5, 8, 2]], 10, temperature=1.0, top_k=20, top_p=0.9, seed=7)
+    assert found == [[58, 31, 7, 20, 58, 33, 21, 44, 59, 49]]
+
+
+@pytest.mark.skipif(keras.config.backend() == "torch", reason="torch compiles nothing")
+def test_no_setting_and_few_lengths_compile_anew(models):
+    _, lm = models
+    rng = np.random.default_rng(0)
+    for length in (1, 9, 17, 25, 33):  # one of each bucket up to 50
+        lm.generate([rng.integers(1, 61, length).tolist()], 5)
+    traces = lm._loop.traces
+    for length in range(1, 49):
+        prompt = [rng.integers(1, 61, length).tolist()]
+        options = {"temperature": length / 50, "top_p": 1 - length / 100, "top_k": length, "seed": length}
+        lm.generate(prompt, 1 + length % 8, min_p=0.01, repetition_penalty=1 + length / 50, **options)
+    assert lm._loop.traces == traces
+
+
+def test_new_weights_are_used(make_backbone):
+    lm = keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=True))
+    before = ours(lm, [[5, 8, 2]], 10)
+    for variable in lm.weights:
+        variable.assign(np.random.default_rng(8).normal(0, 0.5, variable.shape))
+    assert ours(lm, [[5, 8, 2]], 10) != before
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
+def test_reduced_precision_generates(make_backbone, policy):
+    lm = keras_llama.LlamaCausalLM(make_backbone(dtype=policy))
+    assert len(ours(lm, PROMPTS, 6)[0]) == 6
+    assert len(ours(lm, PROMPTS, 6, num_beams=2, stop=None)[0]) == 6
