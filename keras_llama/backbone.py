@@ -4,7 +4,7 @@ import dataclasses
 
 import keras
 
-from keras_llama.config import LlamaConfig
+from keras_llama.config import LlamaConfig, invalid
 from keras_llama.layers import LlamaBlock, LlamaPositions, normal_initializer, register
 
 
@@ -113,7 +113,24 @@ class LlamaBackbone(keras.Model):
 
         Returns:
             Hidden states (B, T, D) after the final norm, and a (key, value) pair per block.
+
+        Raises:
+            ValueError: if the tokens do not fit into the cache or the mask, or a bidirectional backbone is
+                given a cache: what it computed for earlier tokens depends on those that come now.
         """
+        if cache is not None:
+            columns, length = cache[0][0].shape[1], token_ids.shape[1]
+            if not self.config.causal:
+                raise invalid("`cache` needs a causal backbone.", "Run the whole text at once.", causal=False)
+            if padding_mask.shape[1] != columns or (isinstance(index, int) and not 0 <= index <= columns - length):
+                raise invalid(
+                    "`token_ids` must fit into the cache, and `padding_mask` must have a column for each of its own.",
+                    "Make a longer cache.",
+                    cache_columns=columns,
+                    mask_columns=padding_mask.shape[1],
+                    index=index,
+                    tokens=length,
+                )
         return self._stack.decode(token_ids, padding_mask, cache, index)
 
     @classmethod

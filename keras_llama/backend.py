@@ -83,11 +83,11 @@ def resolve_jit(jit_compile: bool | str) -> bool:
 def bucket(length: int) -> int:
     """The next of the lengths 8, 16, 24, 32, 48, 64, 96, 128, ...: few shapes to compile, little padding.
 
-    >>> [bucket(n) for n in (1, 20, 33, 100)]
-    [8, 24, 48, 128]
+    >>> [bucket(n) for n in (1, 9, 20, 33, 100)]
+    [8, 16, 24, 48, 128]
     """
-    if length <= 8:
-        return 8
+    if length <= 16:
+        return 8 if length <= 8 else 16
     power = 1 << (length - 1).bit_length()  # smallest power of two >= length
     return power * 3 // 4 if length <= power * 3 // 4 else power
 

@@ -27,26 +27,37 @@ def render(
         **variables: what else the template asks for, such as `bos_token` or `tools`.
 
     Raises:
-        ValueError: if the template is broken, or refuses the messages.
+        ValueError: for what is no list of messages, or if the template is broken or refuses them.
 
     >>> render("{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}", [{"role": "user", "content": "Hi"}])
     '[user] Hi'
     """
-    import jinja2
-
+    messages = _checked(messages)
     variables = {"tools": None, "documents": None, **variables}
     try:
         return _compiled(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # a template is a program: any of Python's errors may end it
         raise invalid(
             "The checkpoint's chat template must take these messages.", f"It says: {error}", messages=messages
         ) from error
+
+
+def _checked(messages: Any) -> list[dict[str, Any]]:
+    """The messages, without the keys that hold `None`: templates ask whether a key is there."""
+    form = 'Each is a dict: {"role": "user", "content": "..."}.'
+    if not isinstance(messages, (list, tuple)) or not messages:
+        raise invalid("`messages` must be a list of messages that is not empty.", form, messages=messages)
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise invalid(f"`messages[{i}]` must have a role.", form, message=message)
+    return [{key: value for key, value in message.items() if value is not None} for message in messages]
 
 
 @functools.lru_cache(maxsize=16)
 def _compiled(template: str) -> Any:
     import jinja2
     import jinja2.ext
+    import jinja2.nodes
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
@@ -55,8 +66,9 @@ def _compiled(template: str) -> Any:
         tags = {"generation"}  # noqa: RUF012 (Jinja's interface)
 
         def parse(self, parser):
-            next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return jinja2.nodes.Scope(body).set_lineno(line)  # what is set inside ends there
 
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]

@@ -76,8 +76,11 @@ def rope_options(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
         )
     options = {**known, **given}
     for name, value in options.items():
-        if value is not None and not isinstance(value, bool) and not _positive(value):
-            raise invalid(f"`rope_scaling` option `{name}` must be a positive number.", **{name: value})
+        default = known[name]
+        good = isinstance(value, bool) if isinstance(default, bool) else _positive(value)
+        if not good and not (value is None and default is None):
+            kind = "True or False" if isinstance(default, bool) else "a positive number"
+            raise invalid(f"`rope_scaling` option `{name}` must be {kind}.", **{name: value})
     if kind == "llama3" and options["high_freq_factor"] <= options["low_freq_factor"]:
         raise invalid(
             "`rope_scaling` needs high_freq_factor > low_freq_factor.",
@@ -88,6 +91,27 @@ def rope_options(scaling: dict[str, Any] | None) -> dict[str, Any] | None:
 
 def _positive(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def check_heads(num_query_heads: Any, num_key_value_heads: Any, head_dim: Any) -> None:
+    """Raises a `ValueError` unless the heads can be grouped and their features rotated in pairs."""
+    counts = {"num_query_heads": num_query_heads, "num_key_value_heads": num_key_value_heads, "head_dim": head_dim}
+    for name, value in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise invalid(f"`{name}` must be a positive integer.", **{name: value})
+    if num_query_heads % num_key_value_heads:
+        raise invalid(
+            "`num_query_heads` must be divisible by `num_key_value_heads`.",
+            "Each key/value head serves a whole group of query heads.",
+            num_query_heads=num_query_heads,
+            num_key_value_heads=num_key_value_heads,
+        )
+    if head_dim % 2:
+        raise invalid(
+            "`head_dim` must be even: rotary embedding turns pairs of features.",
+            "Change `head_dim`, or `hidden_dim` / `num_query_heads`.",
+            head_dim=head_dim,
+        )
 
 
 _COUNTS = (
@@ -154,19 +178,7 @@ class LlamaConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise invalid(f"`{name}` must be a positive integer.", **{name: value})
-        if self.num_query_heads % self.num_key_value_heads:
-            raise invalid(
-                "`num_query_heads` must be divisible by `num_key_value_heads`.",
-                "Each key/value head serves a whole group of query heads.",
-                num_query_heads=self.num_query_heads,
-                num_key_value_heads=self.num_key_value_heads,
-            )
-        if self.head_dim % 2:  # type: ignore[operator]
-            raise invalid(
-                "`head_dim` must be even: rotary embedding turns pairs of features.",
-                "Change `head_dim`, or `hidden_dim` / `num_query_heads`.",
-                head_dim=self.head_dim,
-            )
+        check_heads(self.num_query_heads, self.num_key_value_heads, self.head_dim)
         for name in ("rope_max_wavelength", "layer_norm_epsilon"):
             if not _positive(getattr(self, name)):
                 raise invalid(f"`{name}` must be a positive number.", **{name: getattr(self, name)})

@@ -4,6 +4,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary, C classes.
 """
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_llama.backbone import LlamaBackbone
@@ -47,9 +48,39 @@ class LlamaModel(keras.Model):
 
     def compile(self, optimizer="rmsprop", loss=None, *args, **kwargs):
         """Keras' `compile`; "mse" and its like become objects, because Keras cannot load their names from .h5."""
+        self.dtype_policy = self.get_layer("backbone").dtype_policy  # mixed_float16 scales the loss by it
         if isinstance(loss, str):
             loss = _REGRESSION_LOSSES[loss]() if loss in _REGRESSION_LOSSES else loss
         super().compile(optimizer, loss, *args, **kwargs)
+
+    def fit(self, x=None, y=None, *args, **kwargs):
+        self._check(x, y)
+        return super().fit(x, y, *args, **kwargs)
+
+    def evaluate(self, x=None, y=None, *args, **kwargs):
+        self._check(x, y)
+        return super().evaluate(x, y, *args, **kwargs)
+
+    def predict(self, x, *args, **kwargs):
+        self._check(x)
+        return super().predict(x, *args, **kwargs)
+
+    def _check(self, x, y=None):
+        """Ids and class numbers in arrays must be of the vocabulary and the classes: not every backend looks."""
+        outputs = self.output_shape[-1]
+        sparse = str(getattr(self, "loss", "")).startswith("sparse") or "Sparse" in type(self.loss).__name__
+        limits = [("x", x, self.get_layer("backbone").config.vocabulary_size, "a vocabulary")]
+        limits += [("y", y, outputs, "outputs")] if sparse else []
+        for name, values, limit, what in limits:
+            if not isinstance(values, (np.ndarray, list, tuple)):
+                continue
+            values = np.asarray(values)
+            if values.size and values.dtype.kind in "iuf" and not (values.min() >= 0 and values.max() < limit):
+                raise invalid(
+                    f"`{name}` must hold numbers from 0 to {limit - 1}, for {what} of {limit}.",
+                    smallest=values.min().item(),
+                    largest=values.max().item(),
+                )
 
     def get_compile_config(self):
         """Names the optimiser even after a save to .h5, which takes it out of Keras' own settings."""

@@ -12,7 +12,7 @@ from keras import ops
 
 from keras_llama import cache as kv_cache
 from keras_llama.attention import attend, not_later, positions, same_segment
-from keras_llama.config import rope_options
+from keras_llama.config import check_heads, rope_options
 from keras_llama.rope import inverse_frequencies, rotary_angles, rotate
 
 register = keras.saving.register_keras_serializable(package="keras_llama")
@@ -40,6 +40,14 @@ def no_random_weights():
 class LlamaPositions(keras.layers.Layer):
     """Padding mask -> rotary cos and sin and the attention mask, computed once per forward.
 
+    Args:
+        head_dim: H, even.
+        rope_max_wavelength, rope_scaling: as in `LlamaConfig`.
+        causal: `False` lets every token see its whole segment.
+
+    Raises:
+        ValueError: if `head_dim` is odd, or for a scaling that is not known.
+
     Call: `token_ids` (B, T), `padding_mask` (B, S), `index` of the first query among the S columns
     (0 without a cache, where S == T) -> cos, sin float32 (B, T, H/2), mask bool (B, T, S).
 
@@ -50,6 +58,7 @@ class LlamaPositions(keras.layers.Layer):
     """
 
     def __init__(self, *, head_dim, rope_max_wavelength=10_000.0, rope_scaling=None, causal=True, **kwargs):
+        check_heads(1, 1, head_dim)
         super().__init__(autocast=False, **kwargs)
         self.head_dim = head_dim
         self.rope_max_wavelength = rope_max_wavelength
@@ -98,6 +107,15 @@ class LlamaAttention(_Sublayer):
     `cache`, this block's (key, value) pair (B, S, K, H), and `index`, the column to write at.
     Returns the output and the (key, value) pair, (B, T, K, H) or (B, S, K, H) with a cache.
 
+    Args:
+        num_query_heads: N.
+        num_key_value_heads: K, divides N.
+        head_dim: H, even.
+        use_bias: bias in all four projections.
+
+    Raises:
+        ValueError: if K does not divide N, or H is odd.
+
     >>> ones = np.ones((1, 3), "int32")
     >>> attention = LlamaAttention(num_query_heads=2, num_key_value_heads=1, head_dim=4)
     >>> x, (key, value) = attention(np.ones((1, 3, 8), "float32"), *LlamaPositions(head_dim=4)(ones, ones))
@@ -106,6 +124,7 @@ class LlamaAttention(_Sublayer):
     """
 
     def __init__(self, *, num_query_heads, num_key_value_heads, head_dim, use_bias=False, **kwargs):
+        check_heads(num_query_heads, num_key_value_heads, head_dim)
         super().__init__(**kwargs)
         self.num_query_heads = num_query_heads
         self.num_key_value_heads = num_key_value_heads
@@ -123,6 +142,7 @@ class LlamaAttention(_Sublayer):
         self.built = True
 
     def call(self, x, cos, sin, mask, cache=None, index=0):
+        x = ops.cast(x, self.compute_dtype)
         query = rotate(self._heads(self.query(x), self.num_query_heads), cos, sin)
         key = rotate(self._heads(self.key(x), self.num_key_value_heads), cos, sin)
         value = self._heads(self.value(x), self.num_key_value_heads)
@@ -149,6 +169,10 @@ class LlamaAttention(_Sublayer):
 class LlamaMLP(_Sublayer):
     """SwiGLU (Shazeer, 2020, https://arxiv.org/abs/2002.05202): down(silu(gate(x)) * up(x)), (B, T, D) -> same.
 
+    Args:
+        intermediate_dim: F.
+        use_bias: bias in all three projections.
+
     >>> tuple(LlamaMLP(intermediate_dim=16)(np.ones((1, 3, 8), "float32")).shape)
     (1, 3, 8)
     """
@@ -168,6 +192,7 @@ class LlamaMLP(_Sublayer):
         self.built = True
 
     def call(self, x):
+        x = ops.cast(x, self.compute_dtype)
         return self.down(ops.silu(self.gate(x)) * self.up(x))
 
     def get_config(self):
@@ -179,6 +204,7 @@ class LlamaBlock(_Sublayer):
     """One LLaMA block: x + attention(norm(x)), then x + mlp(norm(x)); arguments as `LlamaAttention`.
 
     Norms are RMSNorm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467), computed in float32.
+    Args and errors are those of `LlamaConfig`.
 
     >>> positions = LlamaPositions(head_dim=4)
     >>> block = LlamaBlock(num_query_heads=2, num_key_value_heads=1, head_dim=4, intermediate_dim=16)
@@ -225,6 +251,7 @@ class LlamaBlock(_Sublayer):
         self.built = True
 
     def call(self, x, cos, sin, mask, cache=None, index=0):
+        x = ops.cast(x, self.compute_dtype)
         attended, pair = self.attention(self.attention_norm(x), cos, sin, mask, cache=cache, index=index)
         x = x + self.dropout(attended)
         return x + self.dropout(self.mlp(self.mlp_norm(x))), pair

@@ -9,15 +9,17 @@ import io
 import json
 import pathlib
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from keras_llama import chat, tokenizer_files
 from keras_llama.config import invalid
 from keras_llama.layers import register
-from keras_llama.tokenizer_files import JSON, MODEL, SETTINGS
+from keras_llama.tokenizer_files import JSON, MODEL
 
 _SPECIALS: dict[str, Any] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}  # LLaMA's first three, and padding
+_NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
 _GUARD = "\ue000"  # of the private use area: breaks up a control token that stands in a user's words
 
 
@@ -30,12 +32,7 @@ class Tokenizer:
 
     def __init__(self, files: Mapping[str, bytes] | None = None):
         self.files = dict(files or {})
-        self._settings: dict[str, Any] = {}
-        for name in ("special_tokens_map.json", SETTINGS):
-            try:
-                self._settings |= json.loads(self.files.get(name, b"{}"))
-            except (ValueError, TypeError) as error:
-                raise invalid(f"{name}: expected a JSON object.", str(error), size=len(self.files[name])) from error
+        self._settings = tokenizer_files.settings(self.files)
 
     @staticmethod
     def from_files(files: Mapping[str, bytes]) -> "Tokenizer":
@@ -43,6 +40,10 @@ class Tokenizer:
 
         Raises:
             ValueError: if there is neither, or the file is broken.
+
+        >>> trained = SentencePieceTokenizer.train(["a good film"], vocabulary_size=280)
+        >>> Tokenizer.from_files(trained.files).encode(["good"]) == trained.encode(["good"])
+        True
         """
         if JSON in files:
             return BytePairTokenizer(files)
@@ -62,15 +63,48 @@ class Tokenizer:
         """Control tokens by their text, such as `</s>` or `<|eot_id|>`."""
         raise NotImplementedError
 
+    @property
+    def proto(self) -> bytes | None:
+        """The serialized SentencePiece model, `None` if there is none."""
+        model = self.files.get(MODEL)
+        return None if model is None or tokenizer_files.is_tiktoken(model) else model
+
     def token(self, token_id: int) -> str:
-        """The text of one token as the vocabulary spells it."""
+        """The text of one token as the vocabulary spells it, empty for an id between tokens.
+
+        Raises:
+            ValueError: for an id outside the vocabulary.
+        """
+        if not 0 <= token_id < self.vocabulary_size:
+            raise invalid(f"`token_id` must lie from 0 to {self.vocabulary_size - 1}.", token_id=token_id)
+        return self._token(int(token_id))
+
+    def _token(self, token_id: int) -> str:
         raise NotImplementedError
 
     def _encode(self, texts: list[str], parse_special: bool) -> list[list[int]]:
         raise NotImplementedError
 
     def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
-        """The text of each list of ids: the inverse of `encode`."""
+        """The text of each list of ids: the inverse of `encode`.
+
+        Args:
+            ids: rows of token ids. Those beyond the vocabulary have no text: a model's embedding may have more
+                rows than its tokenizer has tokens.
+            skip_special_tokens: whether control tokens are left out; else they are written as they are called.
+
+        Raises:
+            ValueError: for a negative id.
+        """
+        rows, size = [list(map(int, row)) for row in ids], self.vocabulary_size
+        for i, row in enumerate(rows):
+            if row and min(row) < 0:
+                raise invalid("`ids` must not be negative.", ids=row)
+            if row and max(row) >= size:
+                rows[i] = [token for token in row if token < size]
+        return self._decode(rows, skip_special_tokens)
+
+    def _decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
         raise NotImplementedError
 
     @property
@@ -108,21 +142,27 @@ class Tokenizer:
             add_bos, add_eos: whether to add the tokens that begin and end a text.
             parse_special: whether control tokens written in a text become their ids; else they are
                 ordinary text, so that a user's words cannot end a turn.
+
+        Raises:
+            ValueError: for what is no list of strings, or text that UTF-8 cannot hold.
         """
+        if isinstance(texts, (str, bytes)) or not all(isinstance(text, str) for text in texts):
+            raise invalid("`texts` must be a list of strings.", "Put a single text into a list.", texts=texts)
         bos = [self.bos_id] if add_bos and self.bos_id >= 0 else []
         eos = [self.eos_id] if add_eos and self.eos_id >= 0 else []
-        rows = self._encode(list(texts), parse_special)
+        try:
+            rows = self._encode(list(texts), parse_special)
+        except (TypeError, UnicodeEncodeError) as error:
+            wrong = [text for text in texts if any("\ud800" <= character <= "\udfff" for character in text)]
+            if not wrong:
+                raise
+            raise invalid("`texts` must be Unicode; half a surrogate pair is none.", text=wrong[0]) from error
         return [[*bos, *row, *eos] for row in rows] if bos or eos else rows
 
     @property
     def chat_template(self) -> str | None:
         """The checkpoint's Jinja template, `None` if it has none."""
-        if "chat_template.jinja" in self.files:
-            return self.files["chat_template.jinja"].decode()
-        template = self._settings.get("chat_template")
-        if isinstance(template, list):  # several by name
-            template = {entry["name"]: entry["template"] for entry in template}.get("default")
-        return template
+        return tokenizer_files.chat_template(self.files)
 
     def apply_chat_template(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True, **variables: Any
@@ -136,6 +176,12 @@ class Tokenizer:
 
         Raises:
             ValueError: if there is no template, or it refuses the messages.
+
+        >>> template = b"{% for m in messages %}{{ m.role }}: {{ m.content }}{{ eos_token }}{% endfor %}"
+        >>> files = SentencePieceTokenizer.train(["a good film"], vocabulary_size=280).files
+        >>> tokenizer = Tokenizer.from_files({**files, "chat_template.jinja": template})
+        >>> tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}])
+        'user: Hi</s>'
         """
         if self.chat_template is None:
             raise invalid(
@@ -143,21 +189,30 @@ class Tokenizer:
                 "Take the instruct version of the checkpoint, or add a file chat_template.jinja.",
                 files=sorted(self.files),
             )
-        names = {name: self._text(name) for name in self._settings if name.endswith("_token") and self._text(name)}
-        return chat.render(self.chat_template, messages, add_generation_prompt, **{**names, **variables})
+        names = {name: text for name, text in self._settings.items() if name.endswith("_token") and self._text(name)}
+        return chat.render(self.chat_template, messages, add_generation_prompt, **{**self._roles, **names, **variables})
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """The ids of a conversation: the template's control tokens are parsed, those in a message's content are not."""
+        """The ids of a conversation: the template's control tokens are parsed, those in the messages are not.
+
+        Args:
+            messages, add_generation_prompt: as in `apply_chat_template`.
+
+        Raises:
+            ValueError: if there is no template, or it refuses the messages.
+        """
+        text = self.apply_chat_template(messages, add_generation_prompt)
         pattern = self._control_pattern
-        if pattern is None or not any(pattern.search(str(message.get("content"))) for message in messages):
-            return self.encode([self.apply_chat_template(messages, add_generation_prompt)], parse_special=True)[0]
-
-        def broken(found: re.Match) -> str:
-            return found[0][0] + _GUARD + found[0][1:]
-
-        guarded = [{**message, "content": pattern.sub(broken, str(message["content"]))} for message in messages]
-        text = self.apply_chat_template(guarded, add_generation_prompt)
-        return self._encode_split(text, lambda part: part.replace(_GUARD, ""))
+        guard = next(chr(code) for code in range(ord(_GUARD), sys.maxunicode) if chr(code) not in text)
+        # Broken up behind every character that can begin a control token, words make none, even put together.
+        opening = "".join(sorted({name[0] for name in self.special_tokens}))
+        guarded = _broken(messages, str.maketrans({character: character + guard for character in opening}))
+        if pattern is None or guarded == list(messages):
+            return self.encode([text], parse_special=True)[0]
+        safe = self.apply_chat_template(guarded, add_generation_prompt)
+        if pattern.findall(safe) == pattern.findall(text):
+            return self.encode([text], parse_special=True)[0]
+        return self._encode_split(safe, lambda part: part.replace(guard, ""))
 
     @functools.cached_property
     def turn_end_id(self) -> int | None:
@@ -196,10 +251,23 @@ class Tokenizer:
     def _text(self, role: str) -> str | None:
         """The text of "bos_token" and its like, as the settings name it."""
         value = self._settings.get(role)
-        return value["content"] if isinstance(value, dict) else value if isinstance(value, str) else None
+        return value if isinstance(value, str) else None
+
+    @functools.cached_property
+    def _roles(self) -> dict[str, str]:
+        """The texts of the tokens that begin, end and fill up, as far as there are any."""
+        ids = {role: self._role(role) for role in ("bos_token", "eos_token", "pad_token")}
+        return {role: self.token(i) for role, i in ids.items() if i >= 0}
 
     def _role(self, role: str) -> int:
         raise NotImplementedError
+
+    def _file(self, name: str) -> bytes:
+        if not self.files:
+            raise invalid("This tokenizer has no vocabulary yet.", "Call `train` or `load_assets` first.", files=[])
+        if name not in self.files:
+            raise invalid(f"Expected {name} among the tokenizer's files.", files=sorted(self.files))
+        return self.files[name]
 
     def save_assets(self, directory: str) -> None:
         """Writes the files into `directory`."""
@@ -210,7 +278,8 @@ class Tokenizer:
 
     def load_assets(self, directory: str) -> None:
         """Reads what `save_assets` wrote."""
-        files = {path.name: path.read_bytes() for path in sorted(pathlib.Path(directory).iterdir())}
+        paths = sorted(path for path in pathlib.Path(directory).iterdir() if path.is_file())
+        files = {path.name: path.read_bytes() for path in paths}
         for name in [name for name in vars(self) if name != "files"]:  # what was derived from other files
             delattr(self, name)
         self.__init__(files)  # type: ignore[misc]
@@ -223,7 +292,16 @@ class Tokenizer:
         return cls(**config)
 
     def __reduce__(self):
-        return type(self), (self.files,)  # data sets in worker processes
+        return type(self), (self.files or None,)  # data sets in worker processes
+
+
+def _broken(value: Any, table: Mapping[int, str]) -> Any:
+    """All strings of nested messages, translated."""
+    if isinstance(value, str):
+        return value.translate(table)
+    if isinstance(value, Mapping):
+        return {key: _broken(part, table) for key, part in value.items()}
+    return [_broken(part, table) for part in value] if isinstance(value, (list, tuple)) else value
 
 
 @register
@@ -246,25 +324,28 @@ class BytePairTokenizer(Tokenizer):
     def __init__(self, files: Mapping[str, bytes] | None = None):
         super().__init__(files)
         if files is not None:
-            self._plain = self._load(parse_special=False)
+            self._plain  # noqa: B018 (a broken file is told of now)
 
-    def _load(self, parse_special: bool) -> Any:
-        import tokenizers
-
-        if JSON not in self.files:
-            raise invalid(f"Expected {JSON} among the tokenizer's files.", files=sorted(self.files))
-        try:
-            rust = tokenizers.Tokenizer.from_buffer(self.files[JSON])
-        except Exception as error:  # the library raises no narrower class
-            raise invalid(f"{JSON}: expected a tokenizer.", str(error), size=len(self.files[JSON])) from error
-        rust.no_truncation()
-        rust.no_padding()
-        rust.encode_special_tokens = not parse_special
-        return rust
+    @functools.cached_property
+    def _plain(self) -> Any:
+        return self._load(parse_special=False)
 
     @functools.cached_property
     def _parsing(self) -> Any:
         return self._load(parse_special=True)
+
+    def _load(self, parse_special: bool) -> Any:
+        import tokenizers
+
+        document = self._file(JSON)
+        try:
+            rust = tokenizers.Tokenizer.from_buffer(document)
+        except Exception as error:  # the library raises no narrower class
+            raise invalid(f"{JSON}: expected a tokenizer.", str(error), size=len(document)) from error
+        rust.no_truncation()
+        rust.no_padding()
+        rust.encode_special_tokens = not parse_special
+        return rust
 
     @property
     def vocabulary_size(self) -> int:
@@ -272,45 +353,43 @@ class BytePairTokenizer(Tokenizer):
 
     @functools.cached_property
     def _size(self) -> int:
-        return max(self._plain.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self._plain.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     @functools.cached_property
     def special_tokens(self) -> dict[str, int]:
         return {added.content: i for i, added in self._plain.get_added_tokens_decoder().items() if added.special}
 
-    def token(self, token_id: int) -> str:
-        return self._plain.id_to_token(int(token_id))
+    def _token(self, token_id: int) -> str:
+        return self._plain.id_to_token(token_id) or ""
 
     def _encode(self, texts: list[str], parse_special: bool) -> list[list[int]]:
         rust = self._parsing if parse_special else self._plain
         return [row.ids for row in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
-        return self._plain.decode_batch([[int(i) for i in row] for row in ids], skip_special_tokens)
+    def _decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
+        return self._plain.decode_batch(rows, skip_special_tokens)
 
     @functools.cached_property
-    def _frame(self) -> tuple[bool, bool]:
-        """Whether the post-processor begins and ends a text with the tokens for it."""
-        ids = self._plain.encode("").ids
-        return bool(ids) and ids[0] == self.bos_id, bool(ids) and ids[-1] == self.eos_id != self.bos_id
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """Ids that the reference puts before and after a text."""
+        processor = self._plain.post_processor
+        return tokenizer_files.frame_ids(None if processor is None else json.loads(processor.__getstate__()))
 
     @property
     def default_add_bos(self) -> bool:
-        return self._flag("add_bos_token", self._frame[0])
+        return bool(self._frame[0])
 
     @property
     def default_add_eos(self) -> bool:
-        return self._flag("add_eos_token", self._frame[1])
-
-    def _flag(self, name: str, default: bool) -> bool:
-        """A setting that only the LLaMA classes of Transformers look at."""
-        llama = str(self._settings.get("tokenizer_class")).startswith("LlamaTokenizer")
-        return self._settings[name] if llama and isinstance(self._settings.get(name), bool) else default
+        return bool(self._frame[1])
 
     def _role(self, role: str) -> int:
-        text = self._text(role)
-        found = None if text is None else self._plain.token_to_id(text)
-        return -1 if found is None else found
+        if role in self._settings:
+            text = self._text(role)
+            found = None if text is None else self._plain.token_to_id(text)
+            return -1 if found is None else found
+        before, after = self._frame
+        return {"bos_token": [*before, -1][0], "eos_token": [-1, *after][-1]}.get(role, -1)
 
 
 @register
@@ -318,7 +397,7 @@ class SentencePieceTokenizer(Tokenizer):
     """A SentencePiece model (Kudo and Richardson, 2018, https://arxiv.org/abs/1808.06226).
 
     Text in any script goes to ids and back unchanged: characters outside the vocabulary become
-    UTF-8 bytes.
+    UTF-8 bytes. Only U+2581, which stands for a space inside, comes back as a space.
 
     Args:
         files: contents by name, `tokenizer.model` among them; `None` waits for `load_assets`.
@@ -333,17 +412,17 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, files: Mapping[str, bytes] | None = None):
         super().__init__(files)
-        self._processor: Any = None
         if files is not None:
-            self._processor = self._load()
+            self._processor  # noqa: B018 (a broken file is told of now)
 
-    def _load(self) -> Any:
+    @functools.cached_property
+    def _processor(self) -> Any:
         import sentencepiece
 
-        if MODEL not in self.files:
-            raise invalid(f"Expected {MODEL} among the tokenizer's files.", files=sorted(self.files))
+        processor = sentencepiece.SentencePieceProcessor()
         try:
-            return sentencepiece.SentencePieceProcessor(model_proto=self.files[MODEL])
+            processor.LoadFromSerializedProto(self._file(MODEL))
+            return processor
         except RuntimeError as error:
             raise invalid(
                 f"{MODEL}: expected a SentencePiece model.", str(error), size=len(self.files[MODEL])
@@ -366,6 +445,10 @@ class SentencePieceTokenizer(Tokenizer):
         """
         import sentencepiece
 
+        texts = list(texts)
+        if not all(isinstance(text, str) for text in texts):
+            wrong = next(text for text in texts if not isinstance(text, str))
+            raise invalid("`texts` must hold strings only.", text=wrong)
         texts = [text for text in texts if text.strip()]
         if not texts:
             raise invalid("`texts` must hold at least one text that is not blank.", texts=texts)
@@ -399,46 +482,41 @@ class SentencePieceTokenizer(Tokenizer):
                 vocabulary_size=vocabulary_size,
                 number_of_texts=len(texts),
             ) from error
-        return cls({MODEL: written.getvalue(), SETTINGS: tokenizer_files.LLAMA_SETTINGS})
-
-    @property
-    def proto(self) -> bytes | None:
-        """The serialized SentencePiece model, `None` before there is one."""
-        return self.files.get(MODEL)
+        return cls(tokenizer_files.from_sentencepiece(written.getvalue(), {**_NAMES, "add_bos_token": True}))
 
     @property
     def vocabulary_size(self) -> int:
-        return max([self._loaded().vocab_size(), *(i + 1 for i in self._added.values())])
+        return max([self._processor.vocab_size(), *(i + 1 for i in self._added.values())])
 
     @functools.cached_property
     def _added(self) -> dict[str, int]:
         """Tokens that were added behind the model's own, by their text."""
-        size = self._loaded().vocab_size()
-        named = json.loads(self.files.get("added_tokens.json", b"{}"))
+        size = self._processor.vocab_size()
+        named = tokenizer_files.read_json(self.files, "added_tokens.json")
         listed = {entry["content"]: int(i) for i, entry in self._settings.get("added_tokens_decoder", {}).items()}
         return {text: i for text, i in {**named, **listed}.items() if i >= size}
 
     @functools.cached_property
     def special_tokens(self) -> dict[str, int]:
-        processor = self._loaded()
-        control = [i for i in range(processor.vocab_size()) if processor.is_control(i)]
+        processor = self._processor
+        control = [i for i in range(processor.vocab_size()) if processor.is_control(i) or processor.is_unknown(i)]
         return {processor.id_to_piece(i): i for i in control} | self._added
 
-    def token(self, token_id: int) -> str:
-        if token_id < self._loaded().vocab_size():
-            return self._loaded().id_to_piece(int(token_id))
-        return {i: text for text, i in self._added.items()}[int(token_id)]
+    def _token(self, token_id: int) -> str:
+        if token_id < self._processor.vocab_size():
+            return self._processor.id_to_piece(token_id)
+        return {i: text for text, i in self._added.items()}.get(token_id, "")
 
     def _encode(self, texts: list[str], parse_special: bool) -> list[list[int]]:
         if parse_special:
             return [self._encode_split(text) for text in texts]
-        return self._loaded().encode(texts, out_type=int)
+        return self._processor.encode(texts, out_type=int)
 
-    def decode(self, ids: Sequence[Sequence[int]], skip_special_tokens: bool = True) -> list[str]:
-        rows = [[int(i) for i in row] for row in ids]
+    def _decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
         if skip_special_tokens:
-            size = self._loaded().vocab_size()
-            return self._loaded().decode([[i for i in row if i < size] for row in rows])
+            unwritten = {self._processor.unk_id(), *range(self._processor.vocab_size(), self.vocabulary_size)}
+            clean = (row if unwritten.isdisjoint(row) else [i for i in row if i not in unwritten] for row in rows)
+            return self._processor.decode(list(clean))
         return [self._decode_with_control(row) for row in rows]
 
     def _decode_with_control(self, row: list[int]) -> str:
@@ -449,7 +527,7 @@ class SentencePieceTokenizer(Tokenizer):
         def flush():
             if run:  # a part that is not the first keeps the space that SentencePiece takes off its start
                 kept = " " if parts and self.token(run[0]).startswith("▁") else ""
-                parts.append(kept + self._loaded().decode(run))
+                parts.append(kept + self._processor.decode(run))
                 run.clear()
 
         for i in row:
@@ -474,9 +552,4 @@ class SentencePieceTokenizer(Tokenizer):
         if text is not None and text in self.special_tokens:
             return self.special_tokens[text]
         own = {"bos_token": "bos_id", "eos_token": "eos_id", "pad_token": "pad_id"}[role]
-        return getattr(self._loaded(), own)()
-
-    def _loaded(self) -> Any:
-        if self._processor is None:
-            raise invalid("This tokenizer has no vocabulary yet.", "Call `train` or `load_assets` first.", files=[])
-        return self._processor
+        return getattr(self._processor, own)()

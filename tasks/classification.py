@@ -17,16 +17,18 @@ def load(args):
     """Training, validation and test rows of (text, label, place), and the labels."""
     rows = data.labelled_texts(args.data) if args.data else data.review_rows()
     train, test = (rows, data.labelled_texts(args.test_data)) if args.test_data else common.split(rows, 0.2)
-    train, validation = common.split(train, 0.1)
-    train, validation, test = (common.sample(part, args.limit) for part in (train, validation, test))
-    if not (train and validation and test):
-        raise common.DataError(f"Expected rows to train, validate and test on. Received: {len(rows)} rows.")
-    labels = sorted({label for _, label, _ in train})
+    labels = sorted({label for _, label, _ in rows})
     if len(labels) < 2:
         raise common.DataError(f"Expected at least two labels to train on. Received: {labels}.")
-    for _, label, place in validation + test:
+    for _, label, place in test:
         if label not in labels:
             raise common.DataError(f"{place}: expected a label of the training data, {labels}. Received: {label!r}.")
+    train, validation = common.split(train, 0.1)
+    train, validation, test = (common.sample(part, args.limit) for part in (train, validation, test))
+    if not (train and validation and test) or len({label for _, label, _ in train}) < 2:
+        raise common.DataError(
+            f"Expected rows of two labels to train on, and rows to test. Received: {len(rows)} rows."
+        )
     return train, validation, test, labels
 
 
@@ -72,6 +74,7 @@ def prepare(args):
 
     import keras_llama
 
+    common.prepare_output(args)
     keras_llama.set_memory_growth()
     keras.utils.set_random_seed(args.seed)
     return rows, build(args, [text for text, *_ in rows[0]], rows[3])
@@ -93,7 +96,6 @@ def run(args, model, train_rows, validation, test_rows, labels):
     for text, answer in zip(sentences, model.classify(sentences), strict=True):
         print(f"{answer['label']} {answer['score']:.3f}  {text}")
     output = pathlib.Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     common.plot_training(output / "training.png", history)
     common.deliver_classifier(model, output, sentences)
     report = {
@@ -120,8 +122,8 @@ def main(arguments=None):
     flags = common.parser("classification", __doc__, size="tiny", epochs=5, batch_size=64, learning_rate=2e-3)
     flags.add_argument("--vocabulary-size", type=common.positive, default=8000)
     flags.add_argument("--sequence-length", type=common.positive, default=128, help="tokens; longer texts are cut")
-    flags.add_argument("--dropout", type=float, default=0.3)
-    flags.add_argument("--weight-decay", type=float, default=0.1)
+    flags.add_argument("--dropout", type=common.share, default=0.3)
+    flags.add_argument("--weight-decay", type=common.not_negative, default=0.1)
     args = flags.parse_args(arguments)
     try:
         rows, model = prepare(args)

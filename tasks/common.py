@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -50,10 +51,32 @@ def positive(text: str) -> int:
 
 def above_zero(text: str) -> float:
     """A number above 0, for argparse."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must lie above 0, received {text}")
-    return value
+    return _number(text, 0 < float(text) < math.inf, "must be a number above 0")
+
+
+def not_negative(text: str) -> float:
+    """A number of at least 0, for argparse."""
+    return _number(text, 0 <= float(text) < math.inf, "must be a number of at least 0")
+
+
+def share(text: str) -> float:
+    """A number from 0 to below 1, for argparse."""
+    return _number(text, 0 <= float(text) < 1, "must lie in [0, 1)")
+
+
+def _number(text: str, good: bool, expected: str) -> float:
+    if not good:
+        raise argparse.ArgumentTypeError(f"{expected}, received {text}")
+    return float(text)
+
+
+def prepare_output(args: argparse.Namespace) -> None:
+    """Makes the places that results go to, before any time is spent on training."""
+    for path in (pathlib.Path(args.output_dir), pathlib.Path(args.report or args.output_dir, ".").parent):
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be made a directory ({error.strerror}).") from error
 
 
 def split(rows: list, share: float) -> tuple[list, list]:

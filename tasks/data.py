@@ -23,7 +23,8 @@ def labelled_texts(path: str) -> list[tuple[str, str, str]]:
         raise DataError(f"{path}: expected a file ending in {', '.join(readers)}.")
     rows = []
     for line, text, label in readers[ending](path, _lines(path)):
-        if not isinstance(text, str) or not text.strip() or not str(label).strip():
+        named = isinstance(label, (str, int)) and not isinstance(label, bool) and str(label).strip()
+        if not isinstance(text, str) or not text.strip() or not named:
             raise DataError(f"{path}:{line}: expected a text and a label. Received: {text!r}, {label!r}.")
         rows.append((text, str(label).strip(), f"{path}:{line}"))
     if not rows:
@@ -60,10 +61,17 @@ def _csv(path: str, lines: list[str]) -> Iterator[tuple[int, Any, Any]]:
     texts = ["text"] if "text" in names else [name for name in names if name != "label"]
     if "label" not in names or not texts:
         raise DataError(f"{path}:1: expected a header with the columns label and text. Received: {names}.")
-    for row in reader:
+    for row in _csv_rows(path, reader):
         if None in row or any(value is None for value in row.values()):
             raise DataError(f"{path}:{reader.line_num}: expected {len(names)} columns, as the header has.")
         yield reader.line_num, " ".join(row[name] for name in texts), row["label"]
+
+
+def _csv_rows(path: str, reader: csv.DictReader) -> Iterator[dict]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: expected rows of a CSV file ({error}).") from error
 
 
 def _jsonl(path: str, lines: list[str]) -> Iterator[tuple[int, Any, Any]]:

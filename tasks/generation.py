@@ -62,7 +62,6 @@ def train(lm, args, rows, validation, test):
     history = lm.fit(rows, validation_data=(validation,), **options).history
     seconds = time.perf_counter() - started
     output = pathlib.Path(args.output_dir)
-    output.mkdir(parents=True, exist_ok=True)
     common.plot_training(output / "training.png", history)
     lm.save_to_preset(output / "preset", overwrite=True)
     print(f"{output / 'preset'}: saved for `from_preset`, Transformers and `keras-llama convert`")
@@ -114,8 +113,8 @@ def main(arguments=None):
     flags.add_argument("--dtype", help="without --data: of the weights; default: what they were saved in")
     flags.add_argument("--vocabulary-size", type=common.positive, default=4000)
     flags.add_argument("--sequence-length", type=common.positive, default=512, help="tokens; longer texts are cut")
-    flags.add_argument("--dropout", type=float, default=0.0)
-    flags.add_argument("--weight-decay", type=float, default=0.1)
+    flags.add_argument("--dropout", type=common.share, default=0.0)
+    flags.add_argument("--weight-decay", type=common.not_negative, default=0.1)
     from keras_llama.cli import add_generation_flags  # starts Keras
 
     add_generation_flags(flags)
@@ -128,6 +127,7 @@ def main(arguments=None):
 
         import keras_llama
 
+        common.prepare_output(args)
         keras_llama.set_memory_growth()
         keras.utils.set_random_seed(args.seed)
         lm = build(args, parts[0] if parts else [])

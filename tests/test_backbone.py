@@ -148,3 +148,14 @@ def run_low(backbone):
     ids = np.array([[5, 6, 7, 0]])
     hidden = backbone({"token_ids": ids, "padding_mask": (ids > 0).astype("int32")})
     return ops.convert_to_numpy(ops.cast(hidden, "float32"))
+
+
+def test_a_cache_that_does_not_fit_is_refused(make_backbone):
+    backbone, ids = make_backbone(), np.array([[3, 4]])
+    empty = kv_cache.make(backbone.config, 1, 4)
+    for index, columns in ((3, 4), (9, 4), (0, 5)):
+        with pytest.raises(ValueError, match="must fit into the cache"):
+            backbone.decode(ids, np.ones((1, columns), "int32"), empty, index)
+    bidirectional = make_backbone(causal=False)
+    with pytest.raises(ValueError, match="needs a causal backbone"):
+        bidirectional.decode(ids, np.ones((1, 4), "int32"), empty, 0)

@@ -103,3 +103,23 @@ def test_scaling_in_both_spellings():
 def test_refuses_an_unknown_size():
     with pytest.raises(ValueError, match="`size` must be one of"):
         keras_llama.size("enormous")
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "linear", "factor": None},
+        {"rope_type": "linear", "factor": True},
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": None},
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 16, "truncate": 1},
+    ],
+)
+def test_an_option_of_a_scaling_is_none_only_where_none_means_something(scaling):
+    with pytest.raises(ValueError, match="must be"):
+        keras_llama.LlamaConfig(**keras_llama.size("tiny"), vocabulary_size=10, rope_scaling=scaling)
+
+
+@pytest.mark.parametrize("length", [0, -1, 2.5, True])
+def test_a_context_is_a_positive_number_of_tokens(length):
+    with pytest.raises(ValueError, match="context_length"):
+        keras_llama.LlamaConfig(**keras_llama.size("tiny"), vocabulary_size=10, context_length=length)

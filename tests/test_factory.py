@@ -134,3 +134,23 @@ def test_refuses_bad_arguments(case):
     options, message = BAD[case]
     with pytest.raises(ValueError, match=message):
         keras_llama.create_llama_model(**options)
+
+
+def test_ids_and_classes_out_of_range_are_refused_before_training():
+    model = keras_llama.create_llama_model("classification", vocabulary_size=20, num_classes=2)
+    model.compile("adam", "sparse_categorical_crossentropy")
+    good, classes = np.array([[1, 19]] * 4), np.array([0, 1] * 2)
+    for ids in (np.array([[1, 20]] * 4), np.array([[1, -1]] * 4)):
+        for run in (lambda ids=ids: model.fit(ids, classes), lambda ids=ids: model.predict(ids)):
+            with pytest.raises(ValueError, match="`x` must hold numbers from 0 to 19"):
+                run()
+    with pytest.raises(ValueError, match="`y` must hold numbers from 0 to 1"):
+        model.fit(good, np.array([5] * 4))
+    with pytest.raises(ValueError, match="`y` must hold"):
+        model.evaluate(good, [0, 1, 2, 0])
+
+
+def test_float16_scales_the_loss():
+    model = keras_llama.create_llama_model(vocabulary_size=20, dtype="mixed_float16")
+    model.compile("adam", "mse")
+    assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)

@@ -62,3 +62,30 @@ def test_names_of_the_weights():
         "final_norm/scale",
     ]
     assert all(len(v.shape) <= 2 for v in backbone.variables)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: keras_llama.LlamaPositions(head_dim=7), "`head_dim` must be even"),
+        (
+            lambda: keras_llama.LlamaAttention(num_query_heads=3, num_key_value_heads=2, head_dim=8),
+            "must be divisible",
+        ),
+        (
+            lambda: keras_llama.LlamaBlock(num_query_heads=0, num_key_value_heads=1, head_dim=8, intermediate_dim=8),
+            "`num_query_heads` must be a positive integer",
+        ),
+    ],
+)
+def test_layers_refuse_heads_that_cannot_be(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_block_takes_float32_under_mixed_precision():
+    ones = np.ones((1, 3), "int32")
+    angles = keras_llama.LlamaPositions(head_dim=4)(ones, ones)
+    options = {"num_query_heads": 2, "num_key_value_heads": 1, "head_dim": 4, "intermediate_dim": 16}
+    x, _ = keras_llama.LlamaBlock(**options, dtype="mixed_bfloat16")(np.ones((1, 3, 8), "float32"), *angles)
+    assert keras.backend.standardize_dtype(x.dtype) == "bfloat16"

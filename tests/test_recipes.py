@@ -92,7 +92,7 @@ BAD_FILES = {
     "a number for a text": ("t.jsonl", b'{"text": 3, "label": "b"}\n', "t.jsonl:1: expected a text"),
     "another ending": ("t.xml", b"<a/>", "t.xml: expected a file ending in"),
     "one class only": ("t.tsv", b"".join(b"text %d\tpos\n" % i for i in range(50)), "at least two labels"),
-    "too few rows": ("t.tsv", b"good\tpos\n", "Expected rows to train"),
+    "too few rows": ("t.tsv", b"good\tpos\nbad\tneg\n", "Expected rows of two labels"),
 }
 
 
@@ -118,7 +118,7 @@ BAD_FLAGS = {
     "--sequence-length": ("0", "at least 1"),
     "--size": ("enormous", "`size` must be one of"),
     "--vocabulary-size": ("5", "`vocabulary_size` must be at least"),
-    "--dropout": ("1.5", "`dropout` must lie in"),
+    "--dropout": ("1.5", "must lie in [0, 1)"),
     "--learning-rate": ("-1", "above 0"),
     "--precision": ("int3", "invalid choice"),
     "--jit": ("maybe", "invalid choice"),
@@ -186,3 +186,42 @@ def test_news_and_reviews_of_the_shared_data_are_read(shared_data):
     assert len(data.labelled_texts(str(shared_data / "news" / "thucnews" / "dev.txt"))) == 10_000
     assert len(data.labelled_texts(str(shared_data / "news" / "ag_news" / "ag_news_7600.csv"))) == 7_600
     assert len({row[1] for row in data.labelled_texts(str(shared_data / "sentiment/chnsenticorp/dev.tsv"))}) == 2
+
+
+def test_labels_are_text_or_numbers(tmp_path):
+    path = tmp_path / "train.jsonl"
+    for label in ("null", '["a"]', "true"):
+        path.write_text(f'{{"text": "a", "label": 1}}\n{{"text": "b", "label": {label}}}\n')
+        with pytest.raises(common.DataError, match=r"train\.jsonl:2: expected a text and a label"):
+            data.labelled_texts(str(path))
+
+
+def test_a_csv_field_that_is_too_long_is_named(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n" + "x" * 200_000 + ",a\n")
+    with pytest.raises(common.DataError, match=r"train\.csv:\d: expected rows of a CSV"):
+        data.labelled_texts(str(path))
+
+
+def test_a_place_that_cannot_be_written_to_is_told_before_training(tsv, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for wrong in (["--output-dir", str(tmp_path / "file")], ["--report", str(tmp_path / "file" / "r.json")]):
+        with pytest.raises(SystemExit) as left:
+            classification.main(["--data", str(tsv), "--output-dir", str(tmp_path / "out"), *FAST, *wrong])
+        assert left.value.code == 2
+        assert "cannot be made a directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [["--weight-decay", "nan"], ["--learning-rate", "inf"], ["--dropout", "1"]])
+def test_numbers_that_cannot_train_are_refused(tsv, flag):
+    with pytest.raises(SystemExit) as left:
+        classification.main(["--data", str(tsv), *FAST, *flag])
+    assert left.value.code == 2
+
+
+def test_a_label_that_only_the_held_out_rows_have_is_known(tmp_path):
+    path = tmp_path / "train.tsv"
+    path.write_text("".join(f"text {i}\tlabel{i % 12}\n" for i in range(120)))
+    args = common.parser("classification", "", size="tiny").parse_args(["--data", str(path), "--limit", "20"])
+    *_, labels = classification.load(args)
+    assert len(labels) == 12

@@ -286,3 +286,67 @@ def test_refuses_bad_sample_weights_and_splits(make):
         model.fit(TEXTS, y, sample_weight=[1.0])
     with pytest.raises(ValueError, match="`validation_split` must"):
         model.fit(TEXTS, y, validation_split=1.5)
+
+
+def test_multi_label_rows_are_the_same_as_lists_and_as_an_array(make_backbone):
+    classifier = keras_llama.LlamaTextClassifier(make_backbone(), labels=["x", "y"], problem_type="multi")
+    rows = [[1, 0], [0, 1], [0, 0], [1, 1]]
+    names = [["x"], ["y"], [], ["x", "y"]]
+    for targets in (rows, np.array(rows), np.array(rows, "float32"), names):
+        assert classifier.check_targets(targets, 4).tolist() == rows
+    with pytest.raises(ValueError, match="shape"):
+        classifier.check_targets([[1], [0, 1], [], [1]], 4)
+
+
+LOSSES = [
+    "sparse_categorical_crossentropy",
+    "SparseCategoricalCrossentropy",
+    keras.losses.sparse_categorical_crossentropy,
+    keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+]
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=["name", "class name", "function", "object"])
+def test_a_loss_is_of_logits_however_it_is_named(make_backbone, loss):
+    classifier = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
+    x, y = np.arange(1, 17).reshape(8, 2), np.array([0, 1] * 4)
+    metrics = ["sparse_categorical_crossentropy"]
+    classifier.compile(loss=loss, metrics=metrics, weighted_metrics=metrics, jit_compile=False)
+    probabilities = keras.ops.convert_to_numpy(classifier.probabilities(classifier.predict(x, verbose=0)))
+    expected = -np.log(probabilities[np.arange(8), y]).mean()
+    found = classifier.evaluate(x, y, verbose=0)
+    assert np.abs(np.array(found) - expected).max() < 1e-4
+
+
+def test_a_loss_of_probabilities_is_refused(make_backbone):
+    classifier = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
+    for loss in ("categorical_focal_crossentropy", keras.losses.binary_focal_crossentropy):
+        with pytest.raises(ValueError, match="from_logits=True"):
+            classifier.compile(loss=loss)
+
+
+def test_the_choice_of_xla_is_left_to_the_backend_that_loads(make_backbone, tmp_path, run_python):
+    classifier = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
+    classifier.compile()
+    classifier.fit(np.ones((4, 3), int), [0, 1, 0, 1], verbose=0)
+    classifier.save(tmp_path / "model.keras")
+    code = "import sys, keras, keras_llama; print(keras.saving.load_model(sys.argv[1]).jit_compile)"
+    for backend, expected in (("torch", "False"), ("jax", "True")):
+        assert run_python(code, tmp_path / "model.keras", backend=backend).strip() == expected
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_batch_size_that_trains_nothing_is_refused(make_backbone, size):
+    classifier = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
+    classifier.compile()
+    with pytest.raises(ValueError, match="batch_size"):
+        classifier.fit(np.ones((4, 3), int), [0, 1, 0, 1], batch_size=size)
+
+
+def test_training_weights_in_half_precision_is_warned_of(make_backbone):
+    classifier = keras_llama.LlamaTextClassifier(make_backbone(dtype="bfloat16"), num_classes=2)
+    classifier.compile(jit_compile=False)
+    with warnings.catch_warnings(record=True) as caught:  # other libraries warn of themselves
+        warnings.simplefilter("always")
+        classifier.fit(np.ones((4, 3), int), [0, 1, 0, 1], verbose=0)
+    assert any("loses small updates" in str(warning.message) for warning in caught)

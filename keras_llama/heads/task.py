@@ -4,8 +4,11 @@ Shapes: B batch, T tokens, V vocabulary.
 """
 
 import functools
+import inspect
 import os
 import pathlib
+import re
+import warnings
 
 import keras
 import numpy as np
@@ -155,8 +158,7 @@ class Task(keras.Model):
         """
         if isinstance(optimizer, str) and optimizer == "auto":
             optimizer = keras.optimizers.AdamW(1e-3, weight_decay=0.01, global_clipnorm=1.0)
-        if isinstance(loss, str):
-            loss = self.default_loss() if loss == "auto" else self.losses_by_name().get(loss, loss)
+        loss = self.default_loss() if isinstance(loss, str) and loss == "auto" else self._loss_of_logits(loss)
         if isinstance(loss, keras.losses.Loss) and loss.get_config().get("from_logits") is False:
             raise invalid(
                 "`loss` must be built with from_logits=True, because a task returns logits.",
@@ -167,14 +169,37 @@ class Task(keras.Model):
         metrics = own["metrics"] if metrics == "auto" else metrics
         metrics = [metrics] if isinstance(metrics, str) else metrics
         weighted_metrics = own["weighted_metrics"] if weighted_metrics == "auto" else weighted_metrics
+        weighted_metrics = [weighted_metrics] if isinstance(weighted_metrics, str) else weighted_metrics
+        self._jit_choice = jit_compile
         super().compile(
             optimizer=optimizer,
             loss=loss,
             metrics=metrics and [named.get(m, m) if isinstance(m, str) else m for m in metrics],
-            weighted_metrics=weighted_metrics,
+            weighted_metrics=weighted_metrics
+            and [named.get(m, m) if isinstance(m, str) else m for m in weighted_metrics],
             jit_compile=backend.resolve_jit(jit_compile),
             **kwargs,
         )
+
+    def _loss_of_logits(self, loss):
+        """A loss given by name, alias or function in its form for logits; other losses as they are."""
+        if not isinstance(loss, str) and not inspect.isfunction(loss):
+            return loss
+        found = keras.losses.get(loss)
+        name = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", getattr(found, "__name__", type(found).__name__)).lower()
+        named = self.losses_by_name()
+        if name not in named and "from_logits" in inspect.signature(found).parameters:
+            raise invalid(
+                f"`loss` must be built with from_logits=True, or be one of {sorted(named)}.",
+                "A task returns logits.",
+                loss=loss,
+            )
+        return named.get(name, loss)
+
+    def get_compile_config(self):
+        """Keeps "auto" as it is: another backend may choose otherwise."""
+        config = super().get_compile_config()
+        return {**config, "jit_compile": self._jit_choice} if config else config
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -207,6 +232,13 @@ class Task(keras.Model):
         Raises:
             ValueError: for a text that is empty or no string, or targets that do not fit, named by row.
         """
+        half = {v.dtype for v in self.trainable_variables} & {"bfloat16", "float16"}
+        if half:
+            warnings.warn(
+                f"The weights that are trained are {half.pop()}, which loses small updates. "
+                'Load or build the model with dtype="mixed_bfloat16" or "float32" to train it.',
+                stacklevel=2,
+            )
         if validation_split:
             (x, y, sample_weight), validation_data = _hold_out(validation_split, x, y, sample_weight)
         seed = int(np.random.randint(2**31)) if shuffle else None  # from `keras.utils.set_random_seed`
@@ -288,6 +320,8 @@ class Task(keras.Model):
             warn = (lambda cut: None) if self.preprocessor is None else self.preprocessor.warn_of_cut
             prepare = functools.partial(self._prepare, predicting=options.get("predicting", False))
             return backend.stream(StreamedBatches(x, prepare, warn, shuffle_seed))
+        if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
+            raise invalid("`batch_size` must be an integer of at least 1.", batch_size=batch_size)
         inputs, lengths = self._rows(x, options.get("argument", "x"))
         batches = Batches(
             inputs,

@@ -139,9 +139,19 @@ class LlamaTextClassifier(Task):
         return {"metrics": metrics, "weighted_metrics": None}
 
     def metrics_by_name(self):
-        if self.problem_type != "multi":
-            return {}
-        return {"accuracy": keras.metrics.BinaryAccuracy(name="accuracy", threshold=0.0)}  # a logit of 0 is 1/2
+        metrics = keras.metrics
+        named = {
+            "sparse_categorical_crossentropy": metrics.SparseCategoricalCrossentropy(from_logits=True),
+            "categorical_crossentropy": metrics.CategoricalCrossentropy(from_logits=True),
+            "binary_crossentropy": metrics.BinaryCrossentropy(from_logits=True),
+            "auc": metrics.AUC(from_logits=True),
+        }
+        if self.problem_type == "multi":  # a logit of 0 is a probability of 1/2
+            named |= {
+                name: metrics.BinaryAccuracy(name=name, threshold=0.0) for name in ("accuracy", "binary_accuracy")
+            }
+            named |= {"precision": metrics.Precision(thresholds=0.0), "recall": metrics.Recall(thresholds=0.0)}
+        return named
 
     def check_targets(self, y, rows, training=False):
         if y is None:
@@ -247,16 +257,17 @@ class LlamaTextClassifier(Task):
         return shares if wants_rows else numbers.astype("int32")
 
     def _multi_targets(self, y, rows):
-        """Rows of 0 and 1 (B, C), from such rows or from a list of label names or class numbers per text."""
-        if hasattr(y, "dtype") and y.dtype.kind in "iufb":
+        """Rows of 0 and 1 (B, C), from such rows or from a list of label names per text."""
+        for i, names in enumerate(y):
+            if isinstance(names, (str, bytes)) or not hasattr(names, "__iter__"):
+                raise invalid(f"`y[{i}]` must be a list of labels.", "Put a single label into a list.", labels=names)
+        if not all(isinstance(name, (str, bytes)) for names in y for name in names):
             targets = _numbers(y, (rows, self.num_classes))
             if not np.isin(targets, (0, 1)).all():
                 raise invalid("`y` must hold 0 and 1 only.", values=np.unique(targets)[:5].tolist())
             return targets
         targets = np.zeros((rows, self.num_classes), "float32")
         for i, names in enumerate(y):
-            if isinstance(names, (str, bytes)) or not hasattr(names, "__iter__"):
-                raise invalid(f"`y[{i}]` must be a list of labels.", "Put a single label into a list.", labels=names)
             for name in names:
                 targets[i, self._class_number(name, i)] = 1
         return targets
