@@ -266,7 +266,7 @@ def test_broken_files_are_refused(tmp_path, kind):
 def test_pickles_are_refused_with_the_command_that_converts(tmp_path):
     write(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
-    with pytest.raises(ValueError, match=r"pickle.*pytorch_model\.bin.*safe_serialization"):
+    with pytest.raises(ValueError, match=r"pickle.*pytorch_model\.bin.*save_pretrained"):
         open_checkpoint(tmp_path)
 
 

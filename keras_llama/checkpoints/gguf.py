@@ -158,7 +158,8 @@ class _Reader:
         return memoryview(self.data)[self.place - size : self.place]
 
     def number(self, form: str) -> Any:
-        return np.frombuffer(self.take(np.dtype(form).itemsize, "bytes of a number"), form)[0].item()
+        value = np.frombuffer(self.take(np.dtype(form).itemsize, "bytes of a number"), form)[0]
+        return float(str(value)) if form == "<f4" else value.item()  # 1e-05, not 9.999999747378752e-06
 
     def string(self) -> str:
         (length,) = struct.unpack("<Q", self.take(8, "bytes of a number"))
@@ -298,14 +299,17 @@ def llama3_scaling(factors: np.ndarray, config: LlamaConfig) -> dict[str, Any]:
     """
     frequency, _ = inverse_frequencies(config.head_dim or 0, config.rope_max_wavelength)
     inverse, largest = 1 / factors.astype("float64"), float(factors.max())
-    candidates = [{"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}]  # as published
+    candidates = [(4.0, 8192.0)]  # (high_freq_factor, original_max_position_embeddings), as published
     between = (factors > 1.0001) & (factors < largest * 0.9999)
-    if between.sum() >= 2:
-        slope, start = np.polyfit(frequency[between], (inverse[between] - 1 / largest) / (1 - 1 / largest), 1)
-        context = -slope / start * 2 * math.pi  # s = (turns - 1) / (high - 1), turns = context * frequency / 2 pi
+    # s = (turns - 1) / (high - 1), where turns = context * frequency / 2 pi
+    s = (inverse[between] - 1 / largest) / (1 - 1 / largest)
+    candidates += [(4.0, (1 + 3 * rise) * 2 * math.pi / f) for rise, f in zip(s[:1], frequency[between], strict=False)]
+    if len(s) >= 2:
+        slope, start = np.polyfit(frequency[between], s, 1)
+        candidates.append((round(1 - 1 / start, 4), -slope / start * 2 * math.pi))
+    for high, context in candidates:
         near = round(context) if abs(context - round(context)) < 0.01 * context else context
-        candidates.append({"high_freq_factor": round(1 - 1 / start, 4), "original_max_position_embeddings": near})
-    for candidate in candidates:
+        candidate = {"high_freq_factor": high, "original_max_position_embeddings": near}
         scaling = {"rope_type": "llama3", "factor": largest, "low_freq_factor": 1.0, **candidate}
         with np.errstate(all="ignore"):
             again = frequency / inverse_frequencies(config.head_dim or 0, config.rope_max_wavelength, scaling)[0]

@@ -240,7 +240,7 @@ def pickled(path: pathlib.Path, files: Iterable[str]) -> ValueError:
     return invalid(
         f"{path}: expected safetensors; a pickle can run any code when it is read, so none is.",
         'Convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
-        "M.from_pretrained('OLD').save_pretrained('NEW', safe_serialization=True)\"",
+        "M.from_pretrained('OLD').save_pretrained('NEW')\"",
         files=list(files),
     )
 
