@@ -35,6 +35,7 @@ ORDER = [
     "checkpoints.checkpoint",
     "checkpoints.mapping",
     "checkpoints.hf",
+    "checkpoints.gguf_tokenizer",
     "checkpoints.gguf",
     "checkpoints.llama2c",
     "checkpoints.kerashub",

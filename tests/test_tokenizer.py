@@ -11,7 +11,7 @@ import pytest
 
 import keras_llama
 from keras_llama import tokenizer_files
-from keras_llama.checkpoints import gguf
+from keras_llama.checkpoints import gguf, gguf_tokenizer
 from keras_llama.tokenizer import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
 
 TEXTS = [
@@ -151,7 +151,7 @@ def _smollm2_fields():
 
 @functools.cache
 def _smollm2():
-    return Tokenizer.from_files(tokenizer_files.from_gguf(_smollm2_fields()))
+    return Tokenizer.from_files(gguf_tokenizer.from_gguf(_smollm2_fields()))
 
 
 def _differences(texts, ours, theirs):
@@ -163,8 +163,8 @@ def test_golden_ids(shared_data, name, kind):
     name, _, through = name.partition(" ")
     tokenizer = _load(shared_data, name)
     if through:
-        fields = tokenizer_files.to_gguf(tokenizer.files)
-        tokenizer = Tokenizer.from_files(tokenizer_files.from_gguf(fields))
+        fields = gguf_tokenizer.to_gguf(tokenizer.files)
+        tokenizer = Tokenizer.from_files(gguf_tokenizer.from_gguf(fields))
         assert isinstance(tokenizer, BytePairTokenizer)
     stem = shared_data / "checkpoints" / f"{name}_tokenizer/goldens/ggml-vocab-llama-{kind}.gguf"
     texts = stem.with_name(stem.name + ".inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")

@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_llama import tokenizer_files
-from keras_llama.checkpoints import mapping
+from keras_llama.checkpoints import gguf_tokenizer, mapping
 from keras_llama.checkpoints.checkpoint import Checkpoint, Tensor
 from keras_llama.config import LlamaConfig, invalid
 from keras_llama.rope import inverse_frequencies
@@ -98,7 +97,7 @@ def read(path: str | os.PathLike) -> Checkpoint:
         config=config,
         tensors=tensors,
         dtype=_DTYPES.get(kinds.pop(), "bfloat16") if len(kinds) == 1 else "bfloat16",
-        tokenizer_files=tokenizer_files.from_gguf(metadata) if "tokenizer.ggml.model" in metadata else {},
+        tokenizer_files=gguf_tokenizer.from_gguf(metadata) if "tokenizer.ggml.model" in metadata else {},
         generation={
             "eos_token_id": sorted({token for token in ends if token is not None}),
             **({} if begin is None else {"bos_token_id": begin}),

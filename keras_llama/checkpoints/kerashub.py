@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_llama import tokenizer_files
+from keras_llama.checkpoints import gguf_tokenizer
 from keras_llama.checkpoints.checkpoint import Checkpoint, Tensor
 from keras_llama.checkpoints.mapping import kerashub_to_hf
 from keras_llama.config import LlamaConfig, invalid
@@ -111,7 +111,7 @@ def _files(tokenizer: Any) -> dict[str, bytes]:
     vocabulary = dict(tokenizer.vocabulary)
     tokens = sorted(vocabulary, key=vocabulary.get)  # type: ignore[arg-type]
     special = set(tokenizer.special_tokens)
-    return tokenizer_files.from_gguf(
+    return gguf_tokenizer.from_gguf(
         {
             "tokenizer.ggml.model": "gpt2",
             "tokenizer.ggml.pre": "llama-bpe",

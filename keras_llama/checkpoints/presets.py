@@ -8,8 +8,7 @@ import re
 import shutil
 from typing import Any
 
-from keras_llama import tokenizer_files
-from keras_llama.checkpoints import gguf, hf, kerashub, llama2c, loader
+from keras_llama.checkpoints import gguf, gguf_tokenizer, hf, kerashub, llama2c, loader
 from keras_llama.checkpoints.checkpoint import Checkpoint
 from keras_llama.checkpoints.mapping import HEADS
 from keras_llama.config import invalid
@@ -212,4 +211,4 @@ def _write_gguf(task, settings, path, quantization, overwrite):
         (name, loader.shape(variable, row), functools.partial(loader.to_array, variable, row))
         for name, variable, row in loader.export(task)
     )
-    gguf.write(path, task.backbone.config, tensors, tokenizer_files.to_gguf(settings["files"]), quantization)
+    gguf.write(path, task.backbone.config, tensors, gguf_tokenizer.to_gguf(settings["files"]), quantization)
