@@ -12,6 +12,8 @@ export TF_CPP_MIN_LOG_LEVEL ?= 3
 demo: $(VENV)/demo
 	KERAS_BACKEND=tensorflow $(RUN) -m tasks.classification $(DEMO_ARGS)
 
+# Tests compile much and run little: XLA need not optimise.
+test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/dev
 	for backend in $(BACKENDS); do echo "== $$backend"; KERAS_BACKEND=$$backend $(RUN) -m pytest $(PYTEST_ARGS) || exit 1; done
 

@@ -81,7 +81,7 @@ def test_fit_takes_dialogues_in_each_form(chat_lm, form):
         "columns": {key: [row[key] for row in pairs] for key in ("prompt", "response")},
         "lists": [MESSAGES, MESSAGES[:3]] * 4,
     }[form]
-    chat_lm.compile(jit_compile=False)
+    chat_lm.compile()
     history = chat_lm.fit(data, batch_size=4, epochs=2, validation_split=0.25, verbose=0).history
     assert history["loss"][1] < history["loss"][0]
     assert {"perplexity", "val_perplexity"} <= set(history)
@@ -97,7 +97,7 @@ def test_overfitted_on_pairs_it_answers_and_stops(chat_tokenizer):
     assert chat_tokenizer.pad_id == chat_tokenizer.eos_id
     preprocessor = keras_llama.TextPreprocessor(chat_tokenizer, sequence_length=32, add_bos=False)
     lm = keras_llama.LlamaCausalLM(backbone, preprocessor)
-    lm.compile(jit_compile=False)
+    lm.compile()
     lm.optimizer.learning_rate = 5e-3
     lm.fit(pairs, batch_size=10, epochs=80, verbose=0)
     found = lm.generate([row["prompt"] for row in pairs], 12, strip_prompt=True)

@@ -327,7 +327,7 @@ def test_llama_cpp_writes_the_same_text(tmp_path, small_lm, changes):
 
 
 def test_a_model_tuned_here_writes_the_same_text_in_transformers_and_in_llama_cpp(tmp_path, chat_lm):
-    chat_lm.compile(optimizer="adam", jit_compile=False)
+    chat_lm.compile(optimizer="adam")
     chat_lm.fit(["what is a good film", "很好的电影 is a film"] * 8, epochs=4, batch_size=8, verbose=0)
     prompt = chat_lm.preprocessor.tokenizer.encode(["what is"])[0]
     wanted = greedy(chat_lm, prompt, 12)

@@ -311,7 +311,7 @@ def test_a_loss_is_of_logits_however_it_is_named(make_backbone, loss):
     classifier = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
     x, y = np.arange(1, 17).reshape(8, 2), np.array([0, 1] * 4)
     metrics = ["sparse_categorical_crossentropy"]
-    classifier.compile(loss=loss, metrics=metrics, weighted_metrics=metrics, jit_compile=False)
+    classifier.compile(loss=loss, metrics=metrics, weighted_metrics=metrics)
     probabilities = keras.ops.convert_to_numpy(classifier.probabilities(classifier.predict(x, verbose=0)))
     expected = -np.log(probabilities[np.arange(8), y]).mean()
     found = classifier.evaluate(x, y, verbose=0)
@@ -345,7 +345,7 @@ def test_a_batch_size_that_trains_nothing_is_refused(make_backbone, size):
 
 def test_training_weights_in_half_precision_is_warned_of(make_backbone):
     classifier = keras_llama.LlamaTextClassifier(make_backbone(dtype="bfloat16"), num_classes=2)
-    classifier.compile(jit_compile=False)
+    classifier.compile()
     with warnings.catch_warnings(record=True) as caught:  # other libraries warn of themselves
         warnings.simplefilter("always")
         classifier.fit(np.ones((4, 3), int), [0, 1, 0, 1], verbose=0)
