@@ -323,7 +323,12 @@ def test_llama_cpp_writes_the_same_text(tmp_path, small_lm, changes):
     lm = small_lm(**changes)
     save_checkpoint(lm, tmp_path / "model.gguf", format="gguf")
     prompt = [1, *lm.preprocessor.tokenizer.encode(["what a good film it is"])[0]]
-    assert LlamaCpp(tmp_path / "model.gguf").generate(prompt, 24) == greedy(lm, prompt, 24)
+    written = LlamaCpp(tmp_path / "model.gguf").generate(prompt, 24)
+    token_ids = np.array([prompt + written])
+    logits = ops.convert_to_numpy(lm({"token_ids": token_ids, "padding_mask": np.ones_like(token_ids)}))[0]
+    best = logits[len(prompt) - 1 : -1]
+    # llama.cpp's log-probabilities are off by up to 5e-4, so of two tokens that close it may write either
+    np.testing.assert_allclose(best[range(24), written], best.max(axis=-1), atol=1e-3)
 
 
 def test_a_model_tuned_here_writes_the_same_text_in_transformers_and_in_llama_cpp(tmp_path, chat_lm):
