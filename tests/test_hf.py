@@ -76,6 +76,14 @@ def test_in_and_out_again_is_bit_equal(tmp_path, name, dtype, shards):
     assert ((tmp_path / "out" / "model.safetensors.index.json").exists()) == (shards == "20KB")
 
 
+def test_other_users_may_read_what_is_written(tmp_path):
+    write(tmp_path / "in", torch.bfloat16)
+    save_checkpoint(keras_llama.LlamaCausalLM.from_preset(tmp_path / "in"), tmp_path / "out", max_shard_size=20_000)
+    (tmp_path / "any").touch()
+    allowed = (tmp_path / "any").stat().st_mode
+    assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {allowed}
+
+
 def test_a_dtype_may_be_asked_for(tmp_path):
     write(tmp_path, torch.bfloat16)
     lm = keras_llama.LlamaCausalLM.from_preset(tmp_path, dtype="mixed_bfloat16")

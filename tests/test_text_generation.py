@@ -45,6 +45,8 @@ def test_a_stream_joined_is_the_text(chat_lm, options, every):
 
 def test_a_stream_comes_in_pieces(chat_lm):
     assert len(list(chat_lm.generate(PROMPTS, 10, stream=True, stop=None))) == 11  # the prompts, then 10 tokens
+    searched = chat_lm.generate(PROMPTS, 10, num_beams=3, strip_prompt=True)
+    assert list(chat_lm.generate(PROMPTS, 10, num_beams=3, strip_prompt=True, stream=True)) == [searched]
     assert len(list(chat_lm.generate(PROMPTS, 10, stream=4, stop=None))) == 4
 
 
@@ -151,7 +153,6 @@ def test_scores_are_log_probabilities(chat_lm):
         ("a", {"top_p": 1.5}, "`top_p` must be"),
         ("a", {"num_beams": 0}, "`num_beams` must be"),
         ("a", {"num_beams": 2, "temperature": 1.0}, "does not sample"),
-        ("a", {"num_beams": 2, "stream": True}, "needs num_beams=1"),
         ("a", {"stop": [2.5]}, "`stop` must be"),
         ("a", {"stop": ""}, "`stop` must be"),
         ([[5, 6]], {"stop": "x"}, "need prompts that are strings"),

@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -348,3 +349,6 @@ def write(
         (directory / name).write_bytes(data)
     for name, document in documents.items():
         (directory / name).write_text(json.dumps(document, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for file in set(weight_map.values()):
+        # safetensors leaves its files readable by their owner alone; what serves them is often another user.
+        shutil.copymode(directory / _CONFIG, directory / file)

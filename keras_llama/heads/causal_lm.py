@@ -207,8 +207,6 @@ class LlamaCausalLM(Task):
         if tokenizer is None and (stream or plan.stop_texts):
             raise invalid("`stream` and strings in `stop` need prompts that are strings.", stream=stream, stop=stop)
         if stream:
-            if plan.num_beams > 1:
-                raise invalid("`stream` needs num_beams=1: a beam search knows its text at the end.", stream=stream)
             pieces = completion.stream(self._loop, rows, plan, tokenizer, int(stream))
             pieces = pieces if strip_prompt else itertools.chain([texts], pieces)
             return (piece[0] for piece in pieces) if isinstance(prompts, str) else pieces

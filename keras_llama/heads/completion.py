@@ -95,7 +95,13 @@ def texts(loop: TokenLoop, prompts: list[list[int]], plan: Plan, tokenizer: Any)
 
 
 def stream(loop: TokenLoop, prompts: list[list[int]], plan: Plan, tokenizer: Any, chunk: int) -> Iterator[list[str]]:
-    """The completions piece by piece, `chunk` tokens at a time; a piece may be empty."""
+    """The completions piece by piece, `chunk` tokens at a time; a piece may be empty.
+
+    A beam search knows its text at the end and gives it as one piece.
+    """
+    if plan.num_beams > 1:
+        yield texts(loop, prompts, plan, tokenizer)
+        return
     completions = [Completion(tokenizer, prompt, plan.stop_ids, plan.stop_texts) for prompt in prompts]
     left = plan.max_new_tokens
     for written, done in _chunks(loop, prompts, plan, tokenizer, chunk, completions):

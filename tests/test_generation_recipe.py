@@ -1,0 +1,147 @@
+"""The generation recipe end to end on small data, and what it refuses with exit code 2."""
+
+import json
+import time
+
+import keras
+import pytest
+
+import keras_llama
+from tasks import data, generation
+
+STORIES = ["a good film it is", "the ball is round\nand red", "we saw the good film", "很好的电影", "a red ball"] * 12
+FAST = ["--size", "tiny", "--vocabulary-size", "310", "--sequence-length", "24", "--batch-size", "8", "--epochs", "1"]
+
+
+def numbered(texts):
+    return [f"{text} {number}" for number, text in enumerate(texts)]
+
+
+@pytest.fixture
+def stories(tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text("\n<|endoftext|>\n".join(numbered(STORIES)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def dialogues(tmp_path):
+    path = tmp_path / "dialogues.jsonl"
+    answer = {"role": "assistant", "content": "a good film"}
+    rows = [{"messages": [{"role": "user", "content": text}, answer]} for text in numbered(STORIES)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_trains_from_scratch_saves_and_continues(stories, tmp_path, capsys):
+    output, prompts = tmp_path / "out", tmp_path / "prompts.txt"
+    prompts.write_text("the ball\n\n很好\n", encoding="utf-8")
+    flags = ["--prompt", "a good", "--prompts", prompts, "--max-new-tokens", "5", "--output-dir", output, *FAST]
+    generation.main([str(flag) for flag in ["--data", stories, *flags]])
+    report = json.loads((output / "metrics.json").read_text())
+    assert report["task"] == "generation"
+    assert report["rows"] == {"train": 48, "validation": 6, "test": 6}
+    assert 1 < report["perplexity"] < 310  # below that of all tokens alike
+    assert {"backend", "parameters", "train_seconds", "examples_per_second", "settings"} <= set(report)
+    assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert [row["prompt"] for row in report["generated"]] == ["a good", "the ball", "很好"]
+    printed = capsys.readouterr().out
+    assert all(row["text"] in printed for row in report["generated"])
+    reopened = keras_llama.LlamaCausalLM.from_preset(output / "preset")
+    assert reopened.count_params() == report["parameters"]
+    assert reopened.generate("a good", 5) == report["generated"][0]["text"]
+
+
+def test_fine_tunes_a_checkpoint_on_conversations(dialogues, chat_lm, tmp_path, capsys):
+    chat_lm.save_to_preset(tmp_path / "preset")
+    flags = ["--data", dialogues, "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out", "--chat"]
+    flags += ["--prompt", "what is", "--max-new-tokens", "6", "--learning-rate", "0.02"]
+    fast = ["--sequence-length", "64", "--batch-size", "8", "--epochs", "6"]
+    generation.main([str(flag) for flag in flags + fast])
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert report["parameters"] == chat_lm.count_params()
+    assert report["perplexity"] < 2
+    assert report["generated"][0]["text"] == "a good film"
+
+
+def test_prompts_alone_need_no_data(chat_lm, tmp_path, capsys):
+    chat_lm.save_to_preset(tmp_path / "preset")
+    flags = ["--preset", tmp_path / "preset", "--prompt", "what is", "--max-new-tokens", "6", "--num-beams", "2"]
+    generation.main([str(flag) for flag in [*flags, "--output-dir", tmp_path / "out", "--report", tmp_path / "r.json"]])
+    report = json.loads((tmp_path / "r.json").read_text())
+    wanted = chat_lm.generate("what is", 6, num_beams=2)
+    assert report["generated"] == [{"prompt": "what is", "text": wanted}]
+    assert "perplexity" not in report
+
+
+def test_formats(tmp_path):
+    blank, marked, texts, chats = (tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl", "d.jsonl"))
+    blank.write_text("one\ntwo\n\n\nthree\n", encoding="utf-8")
+    assert data.generation_rows(blank) == [("one\ntwo", "one\ntwo"), ("three", "three")]
+    marked.write_text("one\n\ntwo\n<|endoftext|>\nthree\n<|endoftext|>\n", encoding="utf-8")
+    assert data.generation_rows(marked) == [("one\n\ntwo", "one\n\ntwo"), ("three", "three")]
+    texts.write_text('{"text": "one\\ntwo"}\n{"text": "三"}\n', encoding="utf-8")
+    assert data.generation_rows(texts) == [("one\ntwo", "one\ntwo"), ("三", "三")]
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    chats.write_text(json.dumps(row) + "\n", encoding="utf-8")
+    assert [found for _, found in data.generation_rows(chats)] == [row]
+
+
+def refused(capsys, *arguments):
+    """What the recipe prints when it refuses; it must leave with 2, before any training."""
+    started = time.perf_counter()
+    with pytest.raises(SystemExit) as left:
+        generation.main([str(argument) for argument in arguments])
+    assert left.value.code == 2
+    assert time.perf_counter() - started < 20
+    return capsys.readouterr().err
+
+
+BAD_FILES = {
+    "no json": ("t.jsonl", b'{"text": "a"}\n{oops\n', "t.jsonl:2: expected a JSON object"),
+    "other fields": ("t.jsonl", b'{"text": "a"}\n{"story": "b"}\n', "t.jsonl:2: expected text, prompt and response"),
+    "an empty text": ("t.jsonl", b'{"text": ""}\n', "t.jsonl:1: expected text"),
+    "a list": ("t.jsonl", b'["a"]\n', "t.jsonl:1: expected text"),
+    "a number for a text": ("t.jsonl", b'{"text": 3}\n', "t.jsonl:1: expected text"),
+    "a number for a prompt": ("t.jsonl", b'{"prompt": 3, "response": "a"}\n', "t.jsonl:1: `row[0]`"),
+    "text for messages": ("t.jsonl", b'{"messages": "hello"}\n', "t.jsonl:1: `row[0]`"),
+    "two kinds": ("t.jsonl", b'{"text": "a"}\n{"prompt": "a", "response": "b"}\n', "lines of one kind"),
+    "no UTF-8": ("t.txt", b"good\n\n\xff\xfe\n", "t.txt:3: expected UTF-8"),
+    "an empty file": ("t.txt", b"\n\n", "t.txt: expected at least one text"),
+    "too few texts": ("t.txt", b"one\n\ntwo\n", "Expected texts to train, validate and test on"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_refuses_bad_files_by_file_and_line(tmp_path, capsys, case):
+    name, content, message = BAD_FILES[case]
+    (tmp_path / name).write_bytes(content)
+    assert message in refused(capsys, "--data", tmp_path / name, "--output-dir", tmp_path / "out")
+
+
+def test_refuses_what_it_cannot_start_with(stories, dialogues, tmp_path, capsys):
+    output = ["--output-dir", tmp_path / "out"]
+    assert "Expected --prompt, --prompts or --data" in refused(capsys, *output)
+    assert "none.txt: cannot be read" in refused(capsys, "--data", tmp_path / "none.txt", *output)
+    assert "none.txt: cannot be read" in refused(capsys, "--prompts", tmp_path / "none.txt", *output)
+    assert "checkpoint to fine-tune as --preset" in refused(capsys, "--data", dialogues, *output)
+    assert "nowhere" in refused(capsys, "--prompt", "a", "--preset", tmp_path / "nowhere", *output)
+    assert "`temperature`" in refused(capsys, "--data", stories, *FAST, "--prompt", "a", "--temperature", "-1", *output)
+    (tmp_path / "empty.txt").write_text("\n")
+    assert "at least one prompt" in refused(capsys, "--prompts", tmp_path / "empty.txt", *output)
+
+
+def test_a_classifier_starts_from_a_checkpoint(chat_lm, tmp_path):
+    from tasks import classification
+
+    chat_lm.save_to_preset(tmp_path / "preset")
+    texts = [text.replace("\n", " ") for text in numbered(STORIES)]
+    rows = [f"{text}\t{'film' if 'film' in text else 'ball'}\n" for text in texts]
+    (tmp_path / "train.tsv").write_text("".join(rows), encoding="utf-8")
+    flags = ["--data", tmp_path / "train.tsv", "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out"]
+    fast = ["--sequence-length", "32", "--batch-size", "8", "--epochs", "1"]
+    classification.main([str(flag) for flag in flags + fast])
+    model = keras.saving.load_model(tmp_path / "out" / "model.keras")
+    assert model.labels == ["ball", "film"]
+    tokenizer = chat_lm.preprocessor.tokenizer
+    assert model.preprocessor.tokenizer.encode(["a good film"]) == tokenizer.encode(["a good film"])
