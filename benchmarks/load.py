@@ -57,7 +57,7 @@ def child(name: str, preset: str, dtype: str) -> None:
         while not done.wait(0.002):
             peak = max(peak, anonymous())
 
-    watcher = threading.Thread(target=watch)
+    watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     started = time.perf_counter()
     model = load()

@@ -165,6 +165,9 @@ def deliver_classifier(model: Any, output: pathlib.Path, sentences: list[str]) -
     if keras.config.backend() != "tensorflow":
         print("A SavedModel is written on the TensorFlow backend; exporting one from here comes later.")
         return
+    if model.preprocessor.tokenizer.proto is None:
+        print("A SavedModel needs a tokenizer with a SentencePiece model; one with byte-pair encoding comes later.")
+        return
     shutil.rmtree(output / "saved_model", ignore_errors=True)
     model.export(output / "saved_model")
     answer = serve(output / "saved_model", sentences)

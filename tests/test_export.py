@@ -90,6 +90,16 @@ def test_refuses_an_existing_folder_and_a_task_without_text(make, make_backbone,
         keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2).export(tmp_path / "other")
 
 
+@needs_tensorflow
+def test_refuses_a_tokenizer_the_graph_has_not_got(make_backbone, chat_tokenizer, tmp_path):
+    backbone = make_backbone(vocabulary_size=chat_tokenizer.vocabulary_size)
+    preprocessor = keras_llama.TextPreprocessor(chat_tokenizer, sequence_length=16)
+    model = keras_llama.LlamaTextClassifier(backbone, num_classes=2, preprocessor=preprocessor)
+    with pytest.raises(ValueError, match="SentencePiece model"):
+        model.export(tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.skipif(ON_TENSORFLOW, reason="the other backends")
 def test_other_backends_say_where_to_export(make, tmp_path):
     with pytest.raises(ValueError, match=r"KERAS_BACKEND=tensorflow.*|.*KERAS_BACKEND=tensorflow"):

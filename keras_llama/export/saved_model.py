@@ -20,6 +20,12 @@ def export_classifier(task, filepath):
         )
     if task.preprocessor is None:
         raise invalid("`export` needs a task with a preprocessor, to take strings.", preprocessor=None)
+    if task.preprocessor.tokenizer.proto is None:
+        raise invalid(
+            "`export` needs a tokenizer with a SentencePiece model: byte-pair encoding is not in the graph yet.",
+            "Save the task as .keras instead.",
+            tokenizer=type(task.preprocessor.tokenizer).__name__,
+        )
     path = pathlib.Path(filepath)
     if path.exists():
         raise invalid("`filepath` must not exist yet.", "Remove it or choose another name.", filepath=str(path))

@@ -208,7 +208,8 @@ class LlamaTextClassifier(Task):
         To be loaded by a process that imports tensorflow and tensorflow_text.
 
         Raises:
-            ValueError: on another backend than TensorFlow, without a preprocessor, or if `filepath` exists.
+            ValueError: on another backend than TensorFlow, without a preprocessor, if its tokenizer has no
+                SentencePiece model, or if `filepath` exists.
         """
         from keras_llama.export import saved_model
 
