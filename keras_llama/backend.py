@@ -4,6 +4,7 @@ import os
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_llama.config import invalid
 
@@ -41,6 +42,19 @@ def devices() -> list[str]:
     import torch
 
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def assign(variable: Any, array: np.ndarray) -> None:
+    """Assigns a NumPy array, which may be a mapped file, in the variable's dtype.
+
+    TensorFlow takes it in parts: its CPU allocator keeps the memory of every temporary copy.
+    """
+    if name() != "tensorflow":
+        variable.assign(np.array(array, variable.dtype, order="C"))  # a copy: a mapped file is no home for weights
+        return
+    for start in range(0, len(array), 4096):
+        part = slice(start, start + 4096)
+        variable.value[part].assign(np.array(array[part], variable.dtype, order="C"))
 
 
 def set_memory_growth() -> None:

@@ -263,28 +263,31 @@ def _shard(path: pathlib.Path) -> dict[str, tuple[Tensor, str]]:
     """The tensors of a safetensors file, with their dtypes; the library checks the header against the file."""
     import safetensors
 
-    found = {}
     try:
-        with safetensors.safe_open(path, "np") as file:
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                part = file.get_slice(name)
-                dtype, shape = part.get_dtype(), tuple(part.get_shape())
-                if dtype not in _DTYPES:
-                    raise invalid(f"{path}: expected tensors of {sorted(_DTYPES)}.", tensor=name, dtype=dtype)
-                found[name] = Tensor(shape, _reader(path, name)), _DTYPES[dtype]
+        with safetensors.safe_open(path, "np"), path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
     except (safetensors.SafetensorError, OSError) as error:
         size = path.stat().st_size if path.exists() else None
         raise invalid(f"{path}: expected a whole safetensors file.", f"{error}. Fetch it again.", size=size) from error
+    found = {}
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in _DTYPES:
+            raise invalid(f"{path}: expected tensors of {sorted(_DTYPES)}.", tensor=name, dtype=entry["dtype"])
+        dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+        found[name] = Tensor(shape, _reader(path, dtype, 8 + length + entry["data_offsets"][0], shape)), dtype
     return found
 
 
-def _reader(path: pathlib.Path, name: str) -> Callable[[], np.ndarray]:
+def _reader(path: pathlib.Path, dtype: str, offset: int, shape: tuple[int, ...]) -> Callable[[], np.ndarray]:
+    """Maps a tensor; the library's own reader copies it into anonymous memory."""
+
     def read() -> np.ndarray:
         import ml_dtypes  # noqa: F401 (gives NumPy its bfloat16)
-        import safetensors
 
-        with safetensors.safe_open(path, "np") as file:
-            return file.get_tensor(name)
+        return np.memmap(path, dtype, "r", offset, shape)
 
     return read
 

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_llama import backend
 from keras_llama.backbone import LlamaBackbone
 from keras_llama.checkpoints import mapping
 from keras_llama.checkpoints.checkpoint import Checkpoint, Tensor
@@ -52,8 +53,7 @@ def load(model: Any, checkpoint: Checkpoint, fresh: Iterable[str] = ()) -> None:
     for name, (row, variable) in wanted.items():
         if name in checkpoint.tensors:
             array = _read(checkpoint, name)
-            array = np.ascontiguousarray(array.T if row.transposed else array)
-            variable.assign(array if array.flags.writeable else array.copy())  # a mapped file is no home for weights
+            backend.assign(variable, array.T if row.transposed else array)
         else:  # the head of a new task
             variable.assign(normal_initializer()(variable.shape, variable.dtype))
     _check_tied_head(model, checkpoint)
