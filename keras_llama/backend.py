@@ -1,12 +1,15 @@
 """The one file that asks which Keras backend runs, and the only one to import jax, tensorflow or torch."""
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_llama.config import invalid
+
+PART = 4096  # rows of a tensor that are converted at a time
 
 
 def name() -> str:
@@ -44,6 +47,11 @@ def devices() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
 
 
+def parts(length: int) -> Iterator[slice]:
+    """Slices of a few thousand rows, for what must not copy a large array as a whole."""
+    return (slice(start, start + PART) for start in range(0, length, PART))
+
+
 def assign(variable: Any, array: np.ndarray) -> None:
     """Assigns a NumPy array, which may be a mapped file, in the variable's dtype.
 
@@ -52,8 +60,7 @@ def assign(variable: Any, array: np.ndarray) -> None:
     if name() != "tensorflow":
         variable.assign(np.array(array, variable.dtype, order="C"))  # a copy: a mapped file is no home for weights
         return
-    for start in range(0, len(array), 4096):
-        part = slice(start, start + 4096)
+    for part in parts(len(array)):
         variable.value[part].assign(np.array(array[part], variable.dtype, order="C"))
 
 

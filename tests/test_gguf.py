@@ -15,6 +15,7 @@ import transformers
 from keras import ops
 
 import keras_llama
+from keras_llama import backend
 from keras_llama.checkpoints import gguf, mapping
 from keras_llama.checkpoints.presets import open_checkpoint, save_checkpoint
 from keras_llama.rope import inverse_frequencies
@@ -241,6 +242,17 @@ def test_smaller_files_within_their_error(tmp_path, small_lm, quantization, erro
     assert kinds["blk.0.attn_q.weight"] == quantization.upper()
     assert kinds["blk.0.attn_norm.weight"] == "F32"
     assert kinds["blk.0.ffn_down.weight"] == "F16"  # rows of 48 are no whole blocks of 32
+
+
+def test_large_tensors_are_read_in_parts(tmp_path, small_lm, monkeypatch):
+    path = tmp_path / "model.gguf"
+    save_checkpoint(small_lm(), path, format="gguf", quantization="q8_0")
+    whole = keras_llama.LlamaCausalLM.from_preset(path, dtype="float32")
+    monkeypatch.setattr(backend, "PART", 7)
+    for one, other in zip(
+        whole.weights, keras_llama.LlamaCausalLM.from_preset(path, dtype="float32").weights, strict=True
+    ):
+        np.testing.assert_array_equal(*(ops.convert_to_numpy(variable.value) for variable in (one, other)), one.path)
 
 
 def test_our_files_are_read_by_the_reference(tmp_path, small_lm):

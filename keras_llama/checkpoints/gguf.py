@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from keras_llama import backend
 from keras_llama.checkpoints import gguf_tokenizer, mapping
 from keras_llama.checkpoints.checkpoint import Checkpoint, Tensor
 from keras_llama.config import LlamaConfig, invalid
@@ -220,8 +221,11 @@ def _values(path: pathlib.Path, info: _Stored) -> np.ndarray:
     exact = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype(ml_dtypes.bfloat16)}
     if info.kind in exact:
         return raw.view(exact[info.kind]).reshape(info.shape)
-    rows = raw.reshape(*info.shape[:-1], -1)
-    return gguf.quants.dequantize(rows, gguf.GGMLQuantizationType[info.kind])
+    values = np.empty(info.shape, "float32").reshape(-1, info.shape[-1])
+    rows = raw.reshape(len(values), -1)
+    for part in backend.parts(len(rows)):  # the library holds what it returns twice
+        values[part] = gguf.quants.dequantize(rows[part], gguf.GGMLQuantizationType[info.kind])
+    return values.reshape(info.shape)
 
 
 def _read(path: pathlib.Path, info: _Stored, row: mapping.Row, config: LlamaConfig) -> np.ndarray:

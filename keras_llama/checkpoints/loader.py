@@ -87,8 +87,8 @@ def to_array(variable: Any, row: mapping.Row) -> np.ndarray:
 def _read(checkpoint: Checkpoint, name: str) -> np.ndarray:
     array = checkpoint.tensors[name].read()
     rows = array.reshape(-1, array.shape[-1])
-    for start in range(0, len(rows), 4096):  # in parts, so that the check needs no memory to speak of
-        if not np.isfinite(rows[start : start + 4096].astype("float32")).all():
+    for part in backend.parts(len(rows)):
+        if not np.isfinite(rows[part].astype("float32")).all():
             raise invalid(
                 f"{checkpoint.source}: expected finite numbers in every tensor.",
                 "The file is damaged, or the training that wrote it diverged.",
