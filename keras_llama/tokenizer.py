@@ -4,6 +4,7 @@ A tokenizer is the dict of its Hugging Face files: everything else is derived fr
 written out again byte for byte.
 """
 
+import contextlib
 import functools
 import io
 import json
@@ -96,13 +97,15 @@ class Tokenizer:
         Raises:
             ValueError: for a negative id.
         """
-        rows, size = [list(map(int, row)) for row in ids], self.vocabulary_size
-        for i, row in enumerate(rows):
+        rows = [row if isinstance(row, list) else list(row) for row in ids]
+        try:
+            return self._decode(rows, skip_special_tokens)
+        except (IndexError, OverflowError, RuntimeError, TypeError):  # the libraries' word for what they do not know
+            rows, size = [list(map(int, row)) for row in rows], self.vocabulary_size
+        for row in rows:
             if row and min(row) < 0:
                 raise invalid("`ids` must not be negative.", ids=row)
-            if row and max(row) >= size:
-                rows[i] = [token for token in row if token < size]
-        return self._decode(rows, skip_special_tokens)
+        return self._decode([[token for token in row if token < size] for row in rows], skip_special_tokens)
 
     def _decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
         raise NotImplementedError
@@ -513,11 +516,19 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(texts, out_type=int)
 
     def _decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
-        if skip_special_tokens:
-            unwritten = {self._processor.unk_id(), *range(self._processor.vocab_size(), self.vocabulary_size)}
-            clean = (row if unwritten.isdisjoint(row) else [i for i in row if i not in unwritten] for row in rows)
-            return self._processor.decode(list(clean))
-        return [self._decode_with_control(row) for row in rows]
+        if not skip_special_tokens:
+            return [self._decode_with_control(row) for row in rows]
+        with contextlib.suppress(IndexError):  # a control token beyond the library's vocabulary
+            texts = self._processor.decode(rows) if rows else []  # the library takes [] for a single row
+            if not any(self._unknown in text for text in texts):
+                return texts
+        unwritten = {self._processor.unk_id(), *range(self._processor.vocab_size(), self.vocabulary_size)}
+        return self._processor.decode([[i for i in row if i not in unwritten] for row in rows])
+
+    @functools.cached_property
+    def _unknown(self) -> str:
+        """What the library writes for the token of unknown text."""
+        return self._processor.decode([self._processor.unk_id()]).strip()
 
     def _decode_with_control(self, row: list[int]) -> str:
         control = {i: text for text, i in self.special_tokens.items()}

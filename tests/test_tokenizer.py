@@ -89,6 +89,21 @@ def test_short_texts_are_enough_to_learn_from():
     assert tokenizer.decode(tokenizer.encode(["好坏"])) == ["好坏"]
 
 
+@pytest.mark.parametrize("kind", ["tokenizer", "chat_tokenizer"])
+def test_decoding_takes_any_ids(request, kind):
+    tokenizer = request.getfixturevalue(kind)
+    (ids,) = tokenizer.encode(["a film"])
+    beyond = [*ids, tokenizer.vocabulary_size, 10**6]
+    assert tokenizer.decode([ids, [], beyond, np.array(ids), tuple(beyond)]) == ["a film", "", *["a film"] * 3]
+    assert tokenizer.decode(np.array([ids])) == ["a film"]
+    assert tokenizer.decode([]) == []
+
+
+def test_the_unknown_token_has_no_text_but_its_sign_has(tokenizer):
+    (ids,) = tokenizer.encode(["⁇ film"])
+    assert tokenizer.decode([ids, [0, *ids, 0]]) == ["⁇ film", "⁇ film"]
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
