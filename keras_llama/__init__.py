@@ -7,13 +7,22 @@ torch backends it imports no TensorFlow.
 from keras_llama.backbone import LlamaBackbone
 from keras_llama.backend import set_memory_growth
 from keras_llama.checkpoints.presets import save_checkpoint
-from keras_llama.config import LlamaConfig, size
+from keras_llama.config import LlamaConfig, LlamaSeq2SeqConfig, size
 from keras_llama.factory import create_llama_model
 from keras_llama.heads.causal_lm import LlamaCausalLM
+from keras_llama.heads.seq2seq_lm import LlamaSeq2SeqLM
 from keras_llama.heads.text_classifier import LlamaTextClassifier
-from keras_llama.layers import LlamaAttention, LlamaBlock, LlamaMLP, LlamaPositions
-from keras_llama.losses import Perplexity
+from keras_llama.layers import (
+    LlamaAttention,
+    LlamaBlock,
+    LlamaCrossAttention,
+    LlamaMemoryMask,
+    LlamaMLP,
+    LlamaPositions,
+)
+from keras_llama.losses import Perplexity, TokenCrossentropy
 from keras_llama.preprocessing import TextPreprocessor
+from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
 from keras_llama.tokenizer import BytePairTokenizer, SentencePieceTokenizer
 
 __version__ = "0.1.0"
@@ -25,12 +34,18 @@ __all__ = [
     "LlamaBlock",
     "LlamaCausalLM",
     "LlamaConfig",
+    "LlamaCrossAttention",
     "LlamaMLP",
+    "LlamaMemoryMask",
     "LlamaPositions",
+    "LlamaSeq2SeqBackbone",
+    "LlamaSeq2SeqConfig",
+    "LlamaSeq2SeqLM",
     "LlamaTextClassifier",
     "Perplexity",
     "SentencePieceTokenizer",
     "TextPreprocessor",
+    "TokenCrossentropy",
     "create_llama_model",
     "save_checkpoint",
     "set_memory_growth",

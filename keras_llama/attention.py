@@ -4,6 +4,11 @@ Shapes: B batch, T query length, S key length, N heads, K key/value heads, H hea
 mask is an integer per token: 0 padding, n = segment n; an ordinary batch holds 0 and 1 only.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
+from typing import Any
+
 import keras
 from keras import ops
 
@@ -22,6 +27,15 @@ def same_segment(query_segments, key_segments):
 def not_later(query_columns, key_columns):
     """True where the key stands at or before the query: (T,), (S,) -> bool (1, T, S)."""
     return ops.expand_dims(ops.less_equal(key_columns[None, :], query_columns[:, None]), 0)
+
+
+def same_segment_or_all(query_segments, key_segments):
+    """`same_segment`, but a query of whose segment there is no key sees every key: bool (B, T, S).
+
+    In cross-attention padding may meet a source without padding, and the softmax must not be empty.
+    """
+    same = same_segment(query_segments, key_segments)
+    return ops.logical_or(same, ops.logical_not(ops.any(same, axis=-1, keepdims=True)))
 
 
 def positions(seen):
@@ -50,5 +64,29 @@ def attend(query, key, value, mask):
     if key.shape[2] == 1:  # Keras' TensorFlow kernel groups any number of key/value heads but one
         key, value = (ops.repeat(x, query.shape[2], axis=2) for x in (key, value))
     dtype = backend.attention_dtype(keras.backend.standardize_dtype(query.dtype))
+    if (recorded := _recorded.get()) is not None:
+        recorded.append(weights(query, key, mask))
     heads = ops.dot_product_attention(*(ops.cast(x, dtype) for x in (query, key, value)), mask=ops.expand_dims(mask, 1))
     return ops.cast(heads, query.dtype)
+
+
+def weights(query, key, mask):
+    """softmax(query key^T / sqrt(H)), float32 (B, N, T, S): the slow twin of what `attend` weighs values with."""
+    key = ops.repeat(key, query.shape[2] // key.shape[2], axis=2)
+    query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
+    scores = ops.einsum("btnh,bsnh->bnts", query, key) / query.shape[3] ** 0.5
+    return ops.softmax(ops.where(ops.expand_dims(mask, 1), scores, -1e30), axis=-1)
+
+
+_recorded: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def record() -> Iterator[list[Any]]:
+    """Collects the `weights` of every call of `attend` inside, in the order of the calls; for eager calls."""
+    collected: list[Any] = []
+    token = _recorded.set(collected)
+    try:
+        yield collected
+    finally:
+        _recorded.reset(token)

@@ -8,30 +8,37 @@ from keras_llama.config import LlamaConfig, invalid
 from keras_llama.layers import LlamaBlock, LlamaPositions, normal_initializer, register
 
 
-class _Stack:
-    """The layers of a backbone and the one loop over its blocks.
+class Stack:
+    """Embedding, blocks and final norm of an encoder or a decoder, and the one loop over the blocks.
 
     A plain object, because a functional model may hold layers only after its graph is built, and
     the graph is built by this loop.
+
+    Args:
+        config: the architecture.
+        dtype: a Keras dtype policy.
+        prefix: of the layers' names.
+        cross_attention: whether the blocks attend to a memory, too.
+        token_embedding: one to share; a new one unless given.
     """
 
-    def __init__(self, config: LlamaConfig, dtype):
-        self.token_embedding = keras.layers.ReversibleEmbedding(
+    def __init__(self, config: LlamaConfig, dtype, prefix="", cross_attention=False, token_embedding=None):
+        self.token_embedding = token_embedding or keras.layers.ReversibleEmbedding(
             config.vocabulary_size,
             config.hidden_dim,
             tie_weights=True,  # an untied head belongs to the task that has one
             embeddings_initializer=normal_initializer(),
             dtype=dtype,
-            name="token_embedding",
+            name=f"{prefix}token_embedding",
         )
-        self.embedding_dropout = keras.layers.Dropout(config.dropout, dtype=dtype, name="embedding_dropout")
+        self.embedding_dropout = keras.layers.Dropout(config.dropout, dtype=dtype, name=f"{prefix}embedding_dropout")
         self.positions = LlamaPositions(
             head_dim=config.head_dim,
             rope_max_wavelength=config.rope_max_wavelength,
             rope_scaling=config.rope_scaling,
             causal=config.causal,
             dtype=dtype,
-            name="positions",
+            name=f"{prefix}positions",
         )
         self.blocks = [
             LlamaBlock(
@@ -43,23 +50,45 @@ class _Stack:
                 attention_bias=config.attention_bias,
                 mlp_bias=config.mlp_bias,
                 dropout=config.dropout,
+                cross_attention=cross_attention,
                 dtype=dtype,
-                name=f"block_{i}",
+                name=f"{prefix}block_{i}",
             )
             for i in range(config.num_layers)
         ]
         self.final_norm = keras.layers.RMSNormalization(
-            epsilon=config.layer_norm_epsilon, dtype=dtype, name="final_norm"
+            epsilon=config.layer_norm_epsilon, dtype=dtype, name=f"{prefix}final_norm"
         )
 
-    def decode(self, token_ids, padding_mask, cache=None, index=0):
+    def run(self, token_ids, padding_mask, cache=None, index=0, memory=None, memory_mask=None):
+        """Hidden states (B, T, D) and a (key, value) pair per block; `memory` is one for all blocks or one for each."""
         x = self.embedding_dropout(self.token_embedding(token_ids))
         cos, sin, mask = self.positions(token_ids, padding_mask, index=index)
         pairs = []
         for i, block in enumerate(self.blocks):
-            x, pair = block(x, cos, sin, mask, cache=None if cache is None else cache[i], index=index)
+            x, pair = block(
+                x, cos, sin, mask,
+                cache=None if cache is None else cache[i],
+                index=index,
+                memory=memory[i] if isinstance(memory, tuple) else memory,
+                memory_mask=memory_mask,
+            )  # fmt: skip
             pairs.append(pair)
         return self.final_norm(x), tuple(pairs)
+
+
+def check_cache(cache, token_ids, padding_mask, index):
+    """Raises a `ValueError` unless tokens (B, T) at column `index` fit into a cache and its mask (B, S)."""
+    columns, length = cache[0][0].shape[1], token_ids.shape[1]
+    if padding_mask.shape[1] != columns or (isinstance(index, int) and not 0 <= index <= columns - length):
+        raise invalid(
+            "`token_ids` must fit into the cache, and `padding_mask` must have a column for each of its own.",
+            "Make a longer cache.",
+            cache_columns=columns,
+            mask_columns=padding_mask.shape[1],
+            index=index,
+            tokens=length,
+        )
 
 
 @register
@@ -84,9 +113,9 @@ class LlamaBackbone(keras.Model):
     def __init__(self, *, dtype=None, name=None, trainable=True, **config):
         checked = LlamaConfig(**config)
         policy = keras.dtype_policies.get(dtype)
-        stack = _Stack(checked, policy)
+        stack = Stack(checked, policy)
         inputs = {key: keras.Input((None,), dtype="int32", name=key) for key in ("token_ids", "padding_mask")}
-        hidden, _ = stack.decode(**inputs)
+        hidden, _ = stack.run(**inputs)
         super().__init__(inputs=inputs, outputs=hidden, name=name, trainable=trainable)
         self.dtype_policy = policy
         self.config = checked
@@ -119,19 +148,10 @@ class LlamaBackbone(keras.Model):
                 given a cache: what it computed for earlier tokens depends on those that come now.
         """
         if cache is not None:
-            columns, length = cache[0][0].shape[1], token_ids.shape[1]
             if not self.config.causal:
                 raise invalid("`cache` needs a causal backbone.", "Run the whole text at once.", causal=False)
-            if padding_mask.shape[1] != columns or (isinstance(index, int) and not 0 <= index <= columns - length):
-                raise invalid(
-                    "`token_ids` must fit into the cache, and `padding_mask` must have a column for each of its own.",
-                    "Make a longer cache.",
-                    cache_columns=columns,
-                    mask_columns=padding_mask.shape[1],
-                    index=index,
-                    tokens=length,
-                )
-        return self._stack.decode(token_ids, padding_mask, cache, index)
+            check_cache(cache, token_ids, padding_mask, index)
+        return self._stack.run(token_ids, padding_mask, cache, index)
 
     @classmethod
     def from_preset(cls, preset, dtype=None):

@@ -201,6 +201,42 @@ class LlamaConfig:
         object.__setattr__(self, "head_dim", width // heads)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaSeq2SeqConfig(LlamaConfig):
+    """A bidirectional LLaMA encoder and a causal LLaMA decoder that attends to what the encoder makes of a source.
+
+    Args: those of `LlamaConfig`, `num_layers` being the decoder's, and
+        num_encoder_layers: number of the encoder's blocks; `None` means as many as the decoder has.
+        share_embeddings: whether source and target tokens have one embedding matrix.
+
+    Raises:
+        ValueError: for any value outside its range.
+
+    >>> LlamaSeq2SeqConfig(**SIZES["tiny"], vocabulary_size=1000, num_encoder_layers=3).encoder.num_layers
+    3
+    """
+
+    num_encoder_layers: int | None = None
+    share_embeddings: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.causal:
+            raise invalid("`causal` must be True: a decoder must not see the token it predicts.", causal=self.causal)
+        if not isinstance(self.share_embeddings, bool):
+            raise invalid("`share_embeddings` must be True or False.", share_embeddings=self.share_embeddings)
+        layers = self.num_layers if self.num_encoder_layers is None else self.num_encoder_layers
+        if isinstance(layers, bool) or not isinstance(layers, int) or layers < 1:
+            raise invalid("`num_encoder_layers` must be a positive integer.", num_encoder_layers=layers)
+        object.__setattr__(self, "num_encoder_layers", layers)
+
+    @property
+    def encoder(self) -> LlamaConfig:
+        """The architecture of the encoder alone."""
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(LlamaConfig)}
+        return LlamaConfig(**{**shared, "num_layers": self.num_encoder_layers, "causal": False})
+
+
 def _size(layers: int, width: int, heads: int, kv_heads: int, mlp: int) -> dict[str, int]:
     return {
         "num_layers": layers,

@@ -42,8 +42,8 @@ class TokenLoop:
     column; positions come from the mask, so padding changes nothing.
 
     Args:
-        step: (token_ids (B, T), padding_mask (B, S), cache, index) -> float32 logits of the last
-            column (B, V), cache.
+        step: (token_ids (B, T), padding_mask (B, S), cache, index, *context) -> float32 logits of the last
+            column (B, V), cache. `context` is what does not change while a text grows, such as a source.
         config: sizes of the cache and of the vocabulary.
         variables: the weights that `step` reads.
         dtype: of the cache.
@@ -62,7 +62,9 @@ class TokenLoop:
         """How often a function was traced, and so compiled, for new shapes (0 on torch)."""
         return sum(f.traces for f in (self._start, self._advance, self._prefill_beams, self._step_beams))
 
-    def generate(self, prompts, max_new_tokens, settings, stop_ids, seed, chunk=None, finished=None) -> Iterator:
+    def generate(
+        self, prompts, max_new_tokens, settings, stop_ids, seeds, context=(), chunk=None, finished=None
+    ) -> Iterator:
         """Yields new token ids as they come: int32 (B, at most `chunk`), and rows done, bool (B,).
 
         Args:
@@ -70,20 +72,21 @@ class TokenLoop:
             max_new_tokens: at least 1.
             settings: `samplers.Settings`, as arrays.
             stop_ids: ids that end a row; they are yielded, what follows in the row is padding.
-            seed: of the uniform numbers that sampling takes.
+            seeds: of the uniform numbers that sampling takes, integers for each row.
+            context: arrays with a row for each prompt, handed to `step`.
             chunk: tokens per yield; all at once unless given.
             finished: called after each chunk with the new ids so far (B, t) -> bool (B,), rows to stop.
         """
         tokens, mask, seen, first = self._prompt_arrays(prompts, max_new_tokens)
         stops = np.array(sorted(stop_ids) or [-1], "int32")
-        uniforms = np.stack([np.random.default_rng([seed, i]).random(tokens.shape[1]) for i in range(len(prompts))])
+        uniforms = np.stack([np.random.default_rng(seed).random(tokens.shape[1]) for seed in seeds])
         sampling = (settings, stops, uniforms.astype("float32"))
         last = first + max_new_tokens
-        state = self._start(tokens[:, :first], mask, seen, *sampling)
+        state = self._start(tokens[:, :first], mask, seen, context, *sampling)
         shown = first
         while True:
             column = min(shown + (chunk or max_new_tokens), last)
-            state = self._advance(state, np.int32(column), *sampling)
+            state = self._advance(state, np.int32(column), context, *sampling)
             column = int(state.column)
             written = ops.convert_to_numpy(state.tokens)[:, first:column]
             done = ops.convert_to_numpy(state.done)
@@ -95,15 +98,18 @@ class TokenLoop:
             if column == last or done.all():
                 return
 
-    def beam_search(self, prompts, max_new_tokens, num_beams, penalty, stop_ids) -> list[list[int]]:
-        """The best of `num_beams` continuations of each prompt, by mean log-probability per token.
+    def beam_search(
+        self, prompts, max_new_tokens, num_beams, penalty, length_penalty, stop_ids, context=()
+    ) -> list[list[int]]:
+        """The best of `num_beams` continuations of each prompt, by log-probability / tokens ** `length_penalty`.
 
-        Beam search as Transformers runs it with `length_penalty=1` and `early_stopping=False`.
+        Beam search as Transformers runs it with `early_stopping=False`. `context` has a row for each prompt,
+        whatever the number of beams: `step` is then given n rows of tokens for each of its rows.
         """
         tokens, mask, seen, first = self._prompt_arrays(prompts, max_new_tokens)
-        search = _Beams(len(prompts), num_beams, sorted(stop_ids), self.config.vocabulary_size)
+        search = _Beams(len(prompts), num_beams, length_penalty, sorted(stop_ids), self.config.vocabulary_size)
         options = (np.float32(penalty), np.array(search.stop_ids or [-1], "int32"))
-        cache, *found = self._prefill_beams(tokens[:, :first], mask, seen, search.scores, *options)
+        cache, *found = self._prefill_beams(tokens[:, :first], mask, seen, context, search.scores, *options)
         mask, seen = (np.repeat(x, num_beams, axis=0) for x in (mask, seen))
         for column in range(first, first + max_new_tokens):
             rows = search.update(*(ops.convert_to_numpy(x) for x in found))
@@ -113,7 +119,7 @@ class TokenLoop:
             mask[:, column] = 1
             seen[np.arange(len(rows)), ids] = True
             cache, *found = self._step_beams(
-                cache, rows, ids[:, None], mask, np.int32(column), seen, search.scores, *options
+                cache, rows, ids[:, None], mask, np.int32(column), seen, context, search.scores, *options
             )
         return search.best()
 
@@ -129,21 +135,21 @@ class TokenLoop:
             seen[i, np.asarray(prompt)] = True
         return tokens, mask, seen, first
 
-    def _prefill(self, prompts, mask):
+    def _prefill(self, prompts, mask, context):
         """Logits of the first new token (B, V), and the cache, from prompts (B, T) and mask (B, S)."""
         rows, columns = mask.shape
         cache = kv_cache.make(self.config, rows, columns, self.dtype)
-        return self.step(prompts, mask, cache, 0)
+        return self.step(prompts, mask, cache, 0, *context)
 
-    def _prefill_and_choose(self, prompts, mask, seen, settings, stops, uniforms):
-        logits, cache = self._prefill(prompts, mask)
+    def _prefill_and_choose(self, prompts, mask, seen, context, settings, stops, uniforms):
+        logits, cache = self._prefill(prompts, mask, context)
         rows, column = prompts.shape
         tokens = ops.pad(prompts, [[0, 0], [0, mask.shape[1] - column]])
         done = ops.zeros((rows,), "bool")
         state = State(tokens, mask, cache, seen, done, ops.convert_to_tensor(column, "int32"))
         return self._write(state, logits, settings, stops, uniforms)
 
-    def _advance_until(self, state, column, settings, stops, uniforms):
+    def _advance_until(self, state, column, context, settings, stops, uniforms):
         def unfinished(*state):
             state = State(*state)
             return ops.logical_and(state.column < column, ops.logical_not(ops.all(state.done)))
@@ -151,7 +157,7 @@ class TokenLoop:
         def one(*state):
             state = State(*state)
             last = ops.slice(state.tokens, [0, state.column - 1], [state.tokens.shape[0], 1])
-            logits, cache = self.step(last, state.mask, state.cache, state.column - 1)
+            logits, cache = self.step(last, state.mask, state.cache, state.column - 1, *context)
             return tuple(self._write(state._replace(cache=cache), logits, settings, stops, uniforms))
 
         return State(*ops.while_loop(unfinished, one, tuple(state)))
@@ -172,16 +178,16 @@ class TokenLoop:
             column=state.column + 1,
         )
 
-    def _expand_prompts(self, prompts, mask, seen, scores, penalty, stops):
+    def _expand_prompts(self, prompts, mask, seen, context, scores, penalty, stops):
         """Cache of every beam, and the best first tokens: log-probabilities and ids (B, width)."""
-        logits, cache = self._prefill(prompts, mask)
+        logits, cache = self._prefill(prompts, mask, context)
         rows, num_beams = scores.shape
         found, ids = ops.top_k(self._log_probabilities(logits, seen, penalty), _width(num_beams, stops))
         return kv_cache.reorder(cache, ops.repeat(ops.arange(rows, dtype="int32"), num_beams)), found, ids
 
-    def _expand_beams(self, cache, rows, last, mask, column, seen, scores, penalty, stops):
+    def _expand_beams(self, cache, rows, last, mask, column, seen, context, scores, penalty, stops):
         """Cache of the chosen rows, and the best continuations over all beams of a prompt (B, width)."""
-        logits, cache = self.step(last, mask, kv_cache.reorder(cache, rows), column)
+        logits, cache = self.step(last, mask, kv_cache.reorder(cache, rows), column, *context)
         total = self._log_probabilities(logits, seen, penalty) + ops.reshape(scores, (-1, 1))
         prompts, num_beams = scores.shape
         found, ids = ops.top_k(ops.reshape(total, (prompts, -1)), _width(num_beams, stops))
@@ -199,8 +205,9 @@ def _width(num_beams, stops):
 class _Beams:
     """The books of a beam search, on the host: running beams and finished ones of each prompt."""
 
-    def __init__(self, prompts: int, num_beams: int, stop_ids: list[int], vocabulary_size: int):
-        self.num_beams, self.stop_ids, self.vocabulary_size = num_beams, stop_ids, vocabulary_size
+    def __init__(self, prompts: int, num_beams: int, length_penalty: float, stop_ids: list[int], vocabulary_size: int):
+        self.num_beams, self.length_penalty = num_beams, length_penalty
+        self.stop_ids, self.vocabulary_size = stop_ids, vocabulary_size
         self.running: list[list[tuple[int, ...]]] = [[()] for _ in range(prompts)]
         self.scores = np.zeros((prompts, num_beams), "float32")
         self.finished: list[list[tuple[float, tuple[int, ...]]]] = [[] for _ in range(prompts)]
@@ -216,7 +223,7 @@ class _Beams:
         rows = []
         for i, running in enumerate(self.running):
             beams = [(*running[k], int(token)) for k, token in zip(origins[i], ids[i], strict=True)]
-            length = len(beams[0])
+            length = len(beams[0]) ** self.length_penalty
             if self.open[i]:
                 # Only the first n candidates may finish; the others are there to keep n beams running.
                 ended = [(float(found[i, k]) / length, beams[k]) for k in range(self.num_beams) if stopped[i, k]]
@@ -244,6 +251,8 @@ class _Beams:
         ):
             candidates = list(finished)
             if still_open:
-                candidates += [(float(s) / len(b), b) for s, b in zip(scores, running, strict=True)]
+                candidates += [
+                    (float(s) / len(b) ** self.length_penalty, b) for s, b in zip(scores, running, strict=True)
+                ]
             best.append(list(max(candidates, key=lambda pair: pair[0])[1]))
         return best

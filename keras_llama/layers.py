@@ -11,7 +11,7 @@ import keras
 from keras import ops
 
 from keras_llama import cache as kv_cache
-from keras_llama.attention import attend, not_later, positions, same_segment
+from keras_llama.attention import attend, not_later, positions, same_segment, same_segment_or_all
 from keras_llama.config import check_heads, rope_options
 from keras_llama.rope import inverse_frequencies, rotary_angles, rotate
 
@@ -86,21 +86,75 @@ class LlamaPositions(keras.layers.Layer):
         }
 
 
-class _Sublayer(keras.layers.Layer):
-    """A layer of Dense projections that takes float32 angles beside a compute-dtype stream."""
-
-    def __init__(self, **kwargs):
-        kwargs.pop("autocast", None)
-        super().__init__(autocast=False, **kwargs)  # cos and sin must arrive in float32
-
-    def _dense(self, units, use_bias, name):
-        return keras.layers.Dense(
-            units, use_bias=use_bias, kernel_initializer=normal_initializer(), dtype=self.dtype_policy, name=name
-        )
+def _dense(layer, units, use_bias, name):
+    return keras.layers.Dense(
+        units, use_bias=use_bias, kernel_initializer=normal_initializer(), dtype=layer.dtype_policy, name=name
+    )
 
 
 @register
-class LlamaAttention(_Sublayer):
+class LlamaMemoryMask(keras.layers.Layer):
+    """Which source tokens each target token may look at in cross-attention: those of its segment.
+
+    Call: `token_ids` (B, T), `padding_mask` (B, C) of C columns, `memory_padding_mask` (B, S) of the source, and
+    `index` of the first query among the columns -> bool (B, T, S). Rows of beams, (B * n, T) over B sources, come as
+    (B, n * T, S): in cross-attention the order of queries does not matter, so each source is held once.
+
+    >>> found = LlamaMemoryMask()(np.ones((1, 2)), np.array([[1, 1]]), np.array([[1, 1, 0]]))
+    >>> keras.ops.convert_to_numpy(found)[0].astype(int).tolist()
+    [[1, 1, 0], [1, 1, 0]]
+    """
+
+    def __init__(self, **kwargs):
+        super().__init__(**{**kwargs, "autocast": False})
+
+    def call(self, token_ids, padding_mask, memory_padding_mask, index=0):
+        batch, length = ops.shape(token_ids)[0], ops.shape(token_ids)[1]
+        queries = ops.slice(ops.cast(padding_mask, "int32"), [0, index], [batch, length])
+        queries = ops.reshape(queries, (ops.shape(memory_padding_mask)[0], -1))
+        return same_segment_or_all(queries, ops.cast(memory_padding_mask, "int32"))
+
+
+class _Attention(keras.layers.Layer):
+    """The four projections of grouped-query attention; it takes float32 angles beside a compute-dtype stream."""
+
+    def __init__(self, *, num_query_heads, num_key_value_heads, head_dim, use_bias=False, **kwargs):
+        check_heads(num_query_heads, num_key_value_heads, head_dim)
+        super().__init__(**{**kwargs, "autocast": False})
+        self.num_query_heads = num_query_heads
+        self.num_key_value_heads = num_key_value_heads
+        self.head_dim = head_dim
+        self.use_bias = use_bias
+        self.query = _dense(self, num_query_heads * head_dim, use_bias, "query")
+        self.key = _dense(self, num_key_value_heads * head_dim, use_bias, "key")
+        self.value = _dense(self, num_key_value_heads * head_dim, use_bias, "value")
+
+    def build(self, x_shape):
+        for projection in (self.query, self.key, self.value):
+            projection.build(x_shape)
+        self.attention_output = _dense(self, x_shape[-1], self.use_bias, "attention_output")
+        self.attention_output.build((*x_shape[:-1], self.num_query_heads * self.head_dim))
+        self.built = True
+
+    def _heads(self, x, heads):
+        return ops.reshape(x, (*ops.shape(x)[:-1], heads, self.head_dim))  # (B, T, N*H) -> (B, T, N, H)
+
+    def _merged(self, heads, rows, length):
+        merged = ops.reshape(heads, (rows, length, self.num_query_heads * self.head_dim))
+        return self.attention_output(merged)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_query_heads": self.num_query_heads,
+            "num_key_value_heads": self.num_key_value_heads,
+            "head_dim": self.head_dim,
+            "use_bias": self.use_bias,
+        }
+
+
+@register
+class LlamaAttention(_Attention):
     """Grouped-query self-attention with rotary positions: (B, T, D) -> (B, T, D) and its keys and values.
 
     Call: `x` (B, T, D); `cos`, `sin` (B, T, H/2) and `mask` (B, T, S) from `LlamaPositions`;
@@ -123,24 +177,6 @@ class LlamaAttention(_Sublayer):
     ((1, 3, 8), (1, 3, 1, 4))
     """
 
-    def __init__(self, *, num_query_heads, num_key_value_heads, head_dim, use_bias=False, **kwargs):
-        check_heads(num_query_heads, num_key_value_heads, head_dim)
-        super().__init__(**kwargs)
-        self.num_query_heads = num_query_heads
-        self.num_key_value_heads = num_key_value_heads
-        self.head_dim = head_dim
-        self.use_bias = use_bias
-        self.query = self._dense(num_query_heads * head_dim, use_bias, "query")
-        self.key = self._dense(num_key_value_heads * head_dim, use_bias, "key")
-        self.value = self._dense(num_key_value_heads * head_dim, use_bias, "value")
-
-    def build(self, x_shape):
-        for projection in (self.query, self.key, self.value):
-            projection.build(x_shape)
-        self.attention_output = self._dense(x_shape[-1], self.use_bias, "attention_output")
-        self.attention_output.build((*x_shape[:-1], self.num_query_heads * self.head_dim))
-        self.built = True
-
     def call(self, x, cos, sin, mask, cache=None, index=0):
         x = ops.cast(x, self.compute_dtype)
         query = rotate(self._heads(self.query(x), self.num_query_heads), cos, sin)
@@ -149,24 +185,39 @@ class LlamaAttention(_Sublayer):
         if cache is not None:
             key, value = kv_cache.append(cache, key, value, index)
         heads = attend(query, key, value, mask)
-        merged = ops.reshape(heads, (*ops.shape(x)[:-1], self.num_query_heads * self.head_dim))
-        return self.attention_output(merged), (key, value)
-
-    def _heads(self, x, heads):
-        return ops.reshape(x, (*ops.shape(x)[:-1], heads, self.head_dim))  # (B, T, N*H) -> (B, T, N, H)
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "num_query_heads": self.num_query_heads,
-            "num_key_value_heads": self.num_key_value_heads,
-            "head_dim": self.head_dim,
-            "use_bias": self.use_bias,
-        }
+        return self._merged(heads, *ops.shape(x)[:2]), (key, value)
 
 
 @register
-class LlamaMLP(_Sublayer):
+class LlamaCrossAttention(_Attention):
+    """Grouped-query attention of a target to its source, without rotary positions: (B, T, D) -> (B, T, D).
+
+    Queries come from the decoder, keys and values from the encoder's output (Vaswani et al., 2017,
+    https://arxiv.org/abs/1706.03762, section 3.2.3). Args and errors are those of `LlamaAttention`.
+
+    Call: `x` (B, T, D); `memory`, the encoder's output (B, S, D) or its `keys_and_values`; `mask` (B, T, S) from
+    `LlamaMemoryMask`. With n beams for each of B sources `x` is (B * n, T, D) and `mask` (B, n * T, S).
+
+    >>> attention = LlamaCrossAttention(num_query_heads=2, num_key_value_heads=1, head_dim=4)
+    >>> target, source = np.ones((1, 3, 8), "float32"), np.ones((1, 5, 8), "float32")
+    >>> tuple(attention(target, source, np.ones((1, 3, 5), bool)).shape)
+    (1, 3, 8)
+    """
+
+    def call(self, x, memory, mask):
+        x = ops.cast(x, self.compute_dtype)
+        key, value = memory if isinstance(memory, tuple) else self.keys_and_values(memory)
+        query = ops.reshape(self.query(x), (ops.shape(key)[0], -1, self.num_query_heads, self.head_dim))
+        return self._merged(attend(query, key, value, mask), *ops.shape(x)[:2])
+
+    def keys_and_values(self, encoded):
+        """Keys and values of the encoder's output: (B, S, D) -> a pair of (B, S, K, H)."""
+        encoded = ops.cast(encoded, self.compute_dtype)
+        return tuple(self._heads(kind(encoded), self.num_key_value_heads) for kind in (self.key, self.value))
+
+
+@register
+class LlamaMLP(keras.layers.Layer):
     """SwiGLU (Shazeer, 2020, https://arxiv.org/abs/2002.05202): down(silu(gate(x)) * up(x)), (B, T, D) -> same.
 
     Args:
@@ -178,16 +229,16 @@ class LlamaMLP(_Sublayer):
     """
 
     def __init__(self, *, intermediate_dim, use_bias=False, **kwargs):
-        super().__init__(**kwargs)
+        super().__init__(**{**kwargs, "autocast": False})
         self.intermediate_dim = intermediate_dim
         self.use_bias = use_bias
-        self.gate = self._dense(intermediate_dim, use_bias, "gate")
-        self.up = self._dense(intermediate_dim, use_bias, "up")
+        self.gate = _dense(self, intermediate_dim, use_bias, "gate")
+        self.up = _dense(self, intermediate_dim, use_bias, "up")
 
     def build(self, x_shape):
         self.gate.build(x_shape)
         self.up.build(x_shape)
-        self.down = self._dense(x_shape[-1], self.use_bias, "down")
+        self.down = _dense(self, x_shape[-1], self.use_bias, "down")
         self.down.build((*x_shape[:-1], self.intermediate_dim))
         self.built = True
 
@@ -200,11 +251,12 @@ class LlamaMLP(_Sublayer):
 
 
 @register
-class LlamaBlock(_Sublayer):
+class LlamaBlock(keras.layers.Layer):
     """One LLaMA block: x + attention(norm(x)), then x + mlp(norm(x)); arguments as `LlamaAttention`.
 
     Norms are RMSNorm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467), computed in float32.
-    Args and errors are those of `LlamaConfig`.
+    With `cross_attention` there is x + cross_attention(norm(x), memory) between the two, for `memory` and
+    `memory_mask` as `LlamaCrossAttention` takes them. Other args and errors are those of `LlamaConfig`.
 
     >>> positions = LlamaPositions(head_dim=4)
     >>> block = LlamaBlock(num_query_heads=2, num_key_value_heads=1, head_dim=4, intermediate_dim=16)
@@ -225,35 +277,38 @@ class LlamaBlock(_Sublayer):
         attention_bias=False,
         mlp_bias=False,
         dropout=0.0,
+        cross_attention=False,
         **kwargs,
     ):
-        super().__init__(**kwargs)
+        super().__init__(**{**kwargs, "autocast": False})
         self.layer_norm_epsilon = layer_norm_epsilon
         policy = self.dtype_policy
-        self.attention_norm = keras.layers.RMSNormalization(
-            epsilon=layer_norm_epsilon, dtype=policy, name="attention_norm"
-        )
-        self.attention = LlamaAttention(
-            num_query_heads=num_query_heads,
-            num_key_value_heads=num_key_value_heads,
-            head_dim=head_dim,
-            use_bias=attention_bias,
-            dtype=policy,
-            name="attention",
-        )
-        self.mlp_norm = keras.layers.RMSNormalization(epsilon=layer_norm_epsilon, dtype=policy, name="mlp_norm")
+
+        def norm(name):
+            return keras.layers.RMSNormalization(epsilon=layer_norm_epsilon, dtype=policy, name=name)
+
+        heads = {"num_query_heads": num_query_heads, "num_key_value_heads": num_key_value_heads, "head_dim": head_dim}
+        heads |= {"use_bias": attention_bias, "dtype": policy}
+        self.attention_norm = norm("attention_norm")
+        self.attention = LlamaAttention(**heads, name="attention")
+        self.cross_attention_norm = norm("cross_attention_norm") if cross_attention else None
+        self.cross_attention = LlamaCrossAttention(**heads, name="cross_attention") if cross_attention else None
+        self.mlp_norm = norm("mlp_norm")
         self.mlp = LlamaMLP(intermediate_dim=intermediate_dim, use_bias=mlp_bias, dtype=policy, name="mlp")
         self.dropout = keras.layers.Dropout(dropout, dtype=policy, name="dropout")
 
     def build(self, x_shape):
-        for layer in (self.attention_norm, self.attention, self.mlp_norm, self.mlp, self.dropout):
+        crossing = (self.cross_attention_norm, self.cross_attention) if self.cross_attention else ()
+        for layer in (self.attention_norm, self.attention, *crossing, self.mlp_norm, self.mlp, self.dropout):
             layer.build(x_shape)
         self.built = True
 
-    def call(self, x, cos, sin, mask, cache=None, index=0):
+    def call(self, x, cos, sin, mask, cache=None, index=0, memory=None, memory_mask=None):
         x = ops.cast(x, self.compute_dtype)
         attended, pair = self.attention(self.attention_norm(x), cos, sin, mask, cache=cache, index=index)
         x = x + self.dropout(attended)
+        if self.cross_attention is not None:
+            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), memory, memory_mask))
         return x + self.dropout(self.mlp(self.mlp_norm(x))), pair
 
     def get_config(self):
@@ -267,4 +322,5 @@ class LlamaBlock(_Sublayer):
             "attention_bias": self.attention.use_bias,
             "mlp_bias": self.mlp.use_bias,
             "dropout": self.dropout.rate,
+            "cross_attention": self.cross_attention is not None,
         }

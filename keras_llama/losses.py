@@ -3,18 +3,53 @@
 import keras
 from keras import ops
 
+from keras_llama.config import invalid
 from keras_llama.layers import register
 
 
-def token_loss():
+@register
+class TokenCrossentropy(keras.losses.Loss):
     """Cross-entropy of logits (B, T, V) against ids (B, T): the mean over tokens of non-zero weight.
 
     Keras' default divides by B x T, padding included, so that the loss and its gradient would
     depend on how much padding a batch holds.
+
+    Args:
+        label_smoothing: share e of the target that is spread evenly over the vocabulary (Szegedy et al.,
+            2016, https://arxiv.org/abs/1512.00567).
+
+    Raises:
+        ValueError: if `label_smoothing` is outside [0, 1).
+
+    >>> loss = TokenCrossentropy(label_smoothing=0.1)
+    >>> round(float(loss(np.array([[1]]), np.array([[[0.0, 2.0]]]))), 3)
+    0.227
     """
-    return keras.losses.SparseCategoricalCrossentropy(
-        from_logits=True, reduction="mean_with_sample_weight", dtype="float32"
-    )
+
+    def __init__(self, label_smoothing=0.0, name="token_crossentropy"):
+        if isinstance(label_smoothing, bool) or not isinstance(label_smoothing, (int, float)):
+            raise invalid("`label_smoothing` must be a number.", label_smoothing=label_smoothing)
+        if not 0 <= label_smoothing < 1:
+            raise invalid("`label_smoothing` must lie in [0, 1).", label_smoothing=label_smoothing)
+        super().__init__(name=name, reduction="mean_with_sample_weight", dtype="float32")
+        self.label_smoothing = label_smoothing
+
+    def call(self, y_true, y_pred):
+        entropy = keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+        if not self.label_smoothing:
+            return entropy
+        # (1 - e) (z - l_y) + e (z - mean l) with z = logsumexp l, which `entropy` + l_y is already.
+        ids = ops.expand_dims(ops.cast(y_true, "int32"), -1)
+        chosen = ops.squeeze(ops.take_along_axis(y_pred, ids, axis=-1), -1)
+        return entropy + self.label_smoothing * (chosen - ops.mean(y_pred, axis=-1))
+
+    def get_config(self):
+        return {"label_smoothing": self.label_smoothing, "name": self.name}
+
+
+def token_metrics():
+    """Perplexity and accuracy over the tokens of non-zero weight."""
+    return [Perplexity(), keras.metrics.SparseCategoricalAccuracy(name="accuracy", dtype="float32")]
 
 
 @register

@@ -141,6 +141,18 @@ class TextPreprocessor:
         return cls(**{**config, "tokenizer": keras.saving.deserialize_keras_object(config["tokenizer"])})
 
 
+def pad_rows(rows: Sequence[Sequence[int]], length: int | None = None) -> dict[str, np.ndarray]:
+    """Rows of token ids -> `token_ids` and `padding_mask`, int32 (B, T), padded with 0 on the right.
+
+    >>> pad_rows([[5, 6], [7]])["token_ids"].tolist()
+    [[5, 6], [7, 0]]
+    """
+    arrays = np.zeros((2, len(rows), length or max(map(len, rows), default=0)), "int32")
+    for i, row in enumerate(rows):
+        arrays[0, i, : len(row)], arrays[1, i, : len(row)] = row, 1
+    return {"token_ids": arrays[0], "padding_mask": arrays[1]}
+
+
 class _Epochs(keras.utils.PyDataset):
     """A `PyDataset` that counts the epochs read to their end; Keras also ends one after a first look at the data."""
 

@@ -7,7 +7,7 @@ import reference
 from keras import ops
 
 import keras_llama
-from keras_llama.losses import token_loss
+from keras_llama.losses import TokenCrossentropy
 from keras_llama.preprocessing import next_token_targets
 
 
@@ -21,7 +21,7 @@ def inputs_of(rows, pad_to, side="right"):
 
 def loss_and_gradients(model, inputs):
     targets, weights = next_token_targets(**inputs)
-    return reference.gradients(model, inputs, lambda logits: token_loss()(targets, logits, weights))
+    return reference.gradients(model, inputs, lambda logits: TokenCrossentropy()(targets, logits, weights))
 
 
 @pytest.fixture
@@ -111,7 +111,7 @@ def test_logits_are_float32_and_the_loss_too_under_any_policy(make_backbone):
         model = keras_llama.LlamaCausalLM(make_backbone(dtype=policy))
         logits = model(inputs_of([[5, 6, 7]], 3))
         assert keras.backend.standardize_dtype(logits.dtype) == "float32"
-        value = token_loss()(np.array([[6, 7, 1]]), ops.cast(logits, "bfloat16"), np.ones((1, 3)))
+        value = TokenCrossentropy()(np.array([[6, 7, 1]]), ops.cast(logits, "bfloat16"), np.ones((1, 3)))
         assert keras.backend.standardize_dtype(value.dtype) == "float32"
 
 

@@ -6,7 +6,7 @@ import reference
 from keras import ops
 
 import keras_llama
-from keras_llama.losses import token_loss
+from keras_llama.losses import TokenCrossentropy
 
 MESSAGES = [
     {"role": "system", "content": "a good film"},
@@ -63,8 +63,8 @@ def test_no_gradient_comes_from_the_prompt(chat_lm):
     assert weights.sum() == trained.sum()
     assert "trained" not in inputs
     other = np.where(weights > 0, targets, 7)
-    value, found = reference.gradients(chat_lm, inputs, lambda logits: token_loss()(targets, logits, weights))
-    again, same = reference.gradients(chat_lm, inputs, lambda logits: token_loss()(other, logits, weights))
+    value, found = reference.gradients(chat_lm, inputs, lambda logits: TokenCrossentropy()(targets, logits, weights))
+    again, same = reference.gradients(chat_lm, inputs, lambda logits: TokenCrossentropy()(other, logits, weights))
     assert value == again
     assert all(np.array_equal(found[path], same[path]) for path in found)
     entropy = -np.log(ops.convert_to_numpy(ops.softmax(chat_lm(inputs), axis=-1)))[0]

@@ -7,7 +7,7 @@ import reference
 import torch
 from keras import ops
 
-from keras_llama.losses import token_loss
+from keras_llama.losses import TokenCrossentropy
 from keras_llama.preprocessing import next_token_targets
 
 LAYER, MODEL = 1e-5, 1e-4  # largest absolute difference in float32
@@ -81,7 +81,7 @@ def test_loss_and_gradients(models):
     expected.backward()
     wanted = reference.in_our_layout({name: weight.grad for name, weight in theirs.named_parameters()})
     targets, weights = next_token_targets(ids, mask)
-    value, found = reference.gradients(ours, inputs, lambda logits: token_loss()(targets, logits, weights))
+    value, found = reference.gradients(ours, inputs, lambda logits: TokenCrossentropy()(targets, logits, weights))
     assert abs(value - expected.item()) <= LAYER
     assert set(found) == set(wanted)
     worst = {path: np.abs(found[path] - wanted[path]).max() for path in wanted}

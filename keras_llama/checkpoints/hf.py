@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from keras_llama.checkpoints.checkpoint import Checkpoint, Tensor
-from keras_llama.config import LlamaConfig, invalid
+from keras_llama.config import LlamaConfig, LlamaSeq2SeqConfig, invalid
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -82,6 +82,7 @@ _ARCHITECTURES = {
     "LLaMAForCausalLM": "lm_head",
     "LlamaForSequenceClassification": "score",
     "LlamaForQuestionAnswering": "qa_outputs",
+    "LlamaSeq2SeqLM": "lm_head",  # ours, under `model_type` keras_llama
 }
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PROBLEM_TYPES = {
@@ -147,7 +148,8 @@ def config_from_fields(fields: Mapping[str, Any], place: str, own: Mapping[str, 
         values["num_key_value_heads"] = values["num_query_heads"]
     try:
         theta, scaling = _rope(fields)
-        return LlamaConfig(**{**values, "rope_max_wavelength": theta, "rope_scaling": scaling, **(own or {})})
+        cls = LlamaSeq2SeqConfig if own and "num_encoder_layers" in own else LlamaConfig
+        return cls(**{**values, "rope_max_wavelength": theta, "rope_scaling": scaling, **(own or {})})
     except (ValueError, TypeError) as error:
         raise ValueError(f"{place}: {error}") from error
 

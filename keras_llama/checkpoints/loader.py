@@ -13,20 +13,33 @@ from keras_llama import backend
 from keras_llama.backbone import LlamaBackbone
 from keras_llama.checkpoints import mapping
 from keras_llama.checkpoints.checkpoint import Checkpoint, Tensor
-from keras_llama.config import invalid
+from keras_llama.config import LlamaSeq2SeqConfig, invalid
 from keras_llama.layers import no_random_weights, normal_initializer
+from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
 
 
-def build_backbone(checkpoint: Checkpoint, dtype: Any = None, load_weights: bool = False) -> LlamaBackbone:
+def build_backbone(
+    checkpoint: Checkpoint, dtype: Any = None, load_weights: bool = False, cls: Any = LlamaBackbone
+) -> Any:
     """The backbone of a checkpoint in `dtype`; `None` as `LlamaBackbone.from_preset` says.
 
     Its weights are zeros, or those of the checkpoint with `load_weights`.
+
+    Raises:
+        ValueError: if the checkpoint is not of the architecture `cls`.
     """
+    found = LlamaSeq2SeqBackbone if isinstance(checkpoint.config, LlamaSeq2SeqConfig) else LlamaBackbone
+    if found is not cls:
+        raise invalid(
+            f"{checkpoint.source}: expected a checkpoint of a {cls.__name__}.",
+            "Start an encoder-decoder from a decoder with `from_decoder`." if found is LlamaBackbone else "",
+            found=found.__name__,
+        )
     if dtype is None:
         policy = keras.config.dtype_policy()
         dtype = checkpoint.dtype if policy.name == "float32" else policy
     with no_random_weights():
-        backbone = LlamaBackbone(**dataclasses.asdict(checkpoint.config), dtype=dtype)
+        backbone = cls(**dataclasses.asdict(checkpoint.config), dtype=dtype)
     if load_weights:
         load(backbone, checkpoint)
     return backbone

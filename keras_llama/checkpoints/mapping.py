@@ -51,6 +51,16 @@ def _projection(ours: str, hf: str, gguf: str, kerashub: str, rotated: str | Non
     ]
 
 
+def _cross_attention() -> list[Row]:
+    """What a decoder that attends to an encoder has beside; no other format knows it."""
+    block, layer = "block_{i}/cross_attention", "layers.{i}.cross_attn"
+    rows = [Row(f"{block}_norm/scale", "layers.{i}.cross_attention_layernorm.weight")]
+    for ours, hf in (("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj"), ("attention_output", "o_proj")):
+        rows.append(Row(f"{block}/{ours}/kernel", f"{layer}.{hf}.weight", transposed=True))
+        rows.append(Row(f"{block}/{ours}/bias", f"{layer}.{hf}.bias"))
+    return rows
+
+
 TABLE = [
     Row("token_embedding/embeddings", "embed_tokens.weight", "token_embd.weight", "token_embedding/embeddings"),
     _scale("attention_norm", "input_layernorm", "attn_norm", "self_attention_layernorm"),
@@ -62,11 +72,18 @@ TABLE = [
     *_projection("mlp/gate", "mlp.gate_proj", "ffn_gate", "feedforward_gate_dense"),
     *_projection("mlp/up", "mlp.up_proj", "ffn_up", "feedforward_intermediate_dense"),
     *_projection("mlp/down", "mlp.down_proj", "ffn_down", "feedforward_output_dense"),
+    *_cross_attention(),
     Row("final_norm/scale", "norm.weight", "output_norm.weight", "sequence_output_layernorm/scale"),
     Row("lm_head/kernel", "lm_head.weight", "output.weight", "token_embedding/reverse_embeddings", transposed=True),
     Row("score/kernel", "score.weight", transposed=True),
     Row("qa_outputs/kernel", "qa_outputs.weight", transposed=True),
     Row("qa_outputs/bias", "qa_outputs.bias"),
+]
+# An encoder-decoder is ours alone: its decoder has the names above, its encoder the same with a prefix.
+TABLE += [
+    Row(f"encoder_{row.ours}", f"encoder.{row.hf}", transposed=row.transposed)
+    for row in TABLE
+    if row.ours.startswith(("token_embedding/", "block_{i}/", "final_norm/")) and "cross" not in row.ours
 ]
 HEADS = ("lm_head.", "score.", "qa_outputs.")  # tensors that belong to a task, not to the backbone
 # Derived from the configuration; old checkpoints carry it.

@@ -7,19 +7,18 @@ import functools
 import itertools
 from typing import NamedTuple
 
-import keras
 import numpy as np
 from keras import ops
 
 from keras_llama import backend, dialogue
 from keras_llama.config import invalid
 from keras_llama.generation import TokenLoop
-from keras_llama.heads import completion
-from keras_llama.heads.task import Task, is_token_ids
-from keras_llama.layers import normal_initializer, register
-from keras_llama.losses import Perplexity, token_loss
-from keras_llama.preprocessing import check_texts, next_token_targets
-from keras_llama.samplers import Settings
+from keras_llama.heads import completion, vocabulary
+from keras_llama.heads.plan import make_plan, stops
+from keras_llama.heads.task import Task, are_ids
+from keras_llama.layers import register
+from keras_llama.losses import TokenCrossentropy, token_metrics
+from keras_llama.preprocessing import check_texts, next_token_targets, pad_rows
 
 
 @register
@@ -37,7 +36,7 @@ class LlamaCausalLM(Task):
         preprocessor: a `TextPreprocessor`, or `None` to take and return token ids.
         generation_config: defaults of `generate` in the words of `generation_config.json`:
             `eos_token_id` (the stop set), `do_sample`, `temperature`, `top_k`, `top_p`, `min_p`,
-            `repetition_penalty`, `num_beams`, `max_new_tokens`.
+            `repetition_penalty`, `num_beams`, `length_penalty`, `max_new_tokens`.
 
     Raises:
         ValueError: if the backbone is bidirectional: it would see the token that it has to predict.
@@ -57,58 +56,36 @@ class LlamaCausalLM(Task):
     def __init__(self, backbone, preprocessor=None, generation_config=None, **kwargs):
         if not backbone.config.causal:
             raise invalid("`backbone` must be causal.", "Build it with causal=True.", causal=False)
-        if backbone.config.tie_word_embeddings:
-            to_logits = functools.partial(backbone.token_embedding, reverse=True)
-        else:
-            to_logits = keras.layers.Dense(
-                backbone.config.vocabulary_size,
-                use_bias=False,
-                kernel_initializer=normal_initializer(),
-                dtype=backbone.dtype_policy,
-                name="lm_head",
-            )
-        logits = to_logits(backbone(backbone.input))
-        logits = keras.layers.Activation("linear", dtype="float32", name="logits")(logits)
+        logits, to_logits = vocabulary.add_head(backbone)
         super().__init__(backbone, preprocessor, logits, **kwargs)
         self._to_logits = to_logits
         self.generation_config = dict(generation_config or {})
 
     @classmethod
     def preset_options(cls, checkpoint, preprocessor):
-        """The checkpoint's defaults; its stop set is joined by the tokenizer's own end and the template's."""
-        generation = dict(checkpoint.generation)
-        stops = set(generation.get("eos_token_id", ()))
-        if preprocessor is not None:
-            stops |= {preprocessor.tokenizer.eos_id, preprocessor.tokenizer.turn_end_id} - {-1, None}
-        return {"generation_config": {**generation, "eos_token_id": sorted(stops)}}
+        return vocabulary.generation_options(checkpoint, preprocessor)
 
     def fresh_weights(self, checkpoint):
         return []  # a language model with a random head would be none
 
     def checkpoint_settings(self):
-        settings = super().checkpoint_settings()
-        generation = {**self.generation_config, "eos_token_id": sorted(self.stop_ids)}
-        ids = {name: generation[name] for name in _IDS if generation.get(name) not in (None, [])}
-        settings["fields"] |= {"architectures": ["LlamaForCausalLM"], **ids}
-        return {**settings, "generation": {name: value for name, value in generation.items() if value != []}}
+        settings = vocabulary.generation_settings(super().checkpoint_settings(), self.generation_config, self.stop_ids)
+        settings["fields"] |= {"architectures": ["LlamaForCausalLM"]}
+        return settings
 
     @property
     def stop_ids(self):
         """Token ids that end a generated text: those of `generation_config`, else the tokenizer's end."""
-        given = self.generation_config.get("eos_token_id")
-        if given is None:
-            given = [] if self.preprocessor is None else [self.preprocessor.tokenizer.eos_id]
-        return {int(i) for i in (given if isinstance(given, (list, tuple)) else [given]) if i >= 0}
+        return vocabulary.stop_ids(self.generation_config, self.preprocessor)
 
     def default_loss(self):
-        return token_loss()
+        return TokenCrossentropy()
 
     def losses_by_name(self):
-        return {"sparse_categorical_crossentropy": token_loss()}
+        return {"sparse_categorical_crossentropy": TokenCrossentropy()}
 
     def default_metrics(self):
-        weighted = [Perplexity(), keras.metrics.SparseCategoricalAccuracy(name="accuracy", dtype="float32")]
-        return {"metrics": None, "weighted_metrics": weighted}
+        return {"metrics": None, "weighted_metrics": token_metrics()}
 
     def check_targets(self, y, rows, training=False):
         if y is not None:
@@ -159,6 +136,7 @@ class LlamaCausalLM(Task):
         min_p=None,
         repetition_penalty=None,
         num_beams=None,
+        length_penalty=None,
         seed=None,
         stop="auto",
         stream=False,
@@ -175,6 +153,7 @@ class LlamaCausalLM(Task):
             temperature, top_k, top_p, min_p, repetition_penalty: see `samplers.Settings`; `temperature=0`
                 takes the most likely token.
             num_beams: beams of a beam search; 1 for none. It takes no temperature.
+            length_penalty: exponent of a beam's length, which its log-probability is divided by; 1 unless given.
             seed: of the sampling; the same seed gives the same text on every backend.
             stop: "auto" stops at the checkpoint's stop set; a string or a list of strings or token ids
                 stops there too; `None` never stops early.
@@ -194,14 +173,21 @@ class LlamaCausalLM(Task):
             ValueError: for an empty prompt, one that leaves no room in the context, or a setting out of range.
         """
         rows, texts = self._prompts(prompts)
-        plan = self._plan(
-            rows,
-            max_new_tokens,
-            max_length,
-            (temperature, top_k, top_p, min_p, repetition_penalty),
-            num_beams,
-            seed,
-            self._stops(stop, stop_token_ids),
+        plan = make_plan(
+            self.generation_config,
+            [len(row) for row in rows],
+            self.backbone.config.context_length,
+            max_new_tokens=max_new_tokens,
+            max_length=max_length,
+            num_beams=num_beams,
+            length_penalty=length_penalty,
+            seed=seed,
+            stops=stops(self.stop_ids, stop, stop_token_ids),
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
         )
         tokenizer = None if texts is None else self.preprocessor.tokenizer
         if tokenizer is None and (stream or plan.stop_texts):
@@ -210,13 +196,10 @@ class LlamaCausalLM(Task):
             pieces = completion.stream(self._loop, rows, plan, tokenizer, int(stream))
             pieces = pieces if strip_prompt else itertools.chain([texts], pieces)
             return (piece[0] for piece in pieces) if isinstance(prompts, str) else pieces
-        parts = [
-            (rows[start : start + batch_size], plan._replace(seed=plan.seed + start))
-            for start in range(0, len(rows), batch_size)
-        ]
+        parts = [([rows[i] for i in part.rows], part) for part in plan.parts(batch_size)]
         if tokenizer is None:
             new = [row for part in parts for row in completion.new_ids(self._loop, *part)]
-            return _padded(new if strip_prompt else [[*row, *more] for row, more in zip(rows, new, strict=True)])
+            return pad_rows(new if strip_prompt else [[*row, *more] for row, more in zip(rows, new, strict=True)])
         found = [text for part in parts for text in completion.texts(self._loop, *part, tokenizer)]
         answers = found if strip_prompt else [text + more for text, more in zip(texts, found, strict=True)]
         return answers[0] if isinstance(prompts, str) else answers
@@ -260,7 +243,7 @@ class LlamaCausalLM(Task):
         scored = []
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]
-            batch = _padded(part, backend.bucket(max(map(len, part))))
+            batch = pad_rows(part, backend.bucket(max(map(len, part))))
             found = ops.convert_to_numpy(self._score_step(batch["token_ids"], batch["padding_mask"]))
             scored += [values[: len(row) - 1].astype(float) for values, row in zip(found, part, strict=True)]
         answers = [
@@ -299,71 +282,10 @@ class LlamaCausalLM(Task):
         """Rows of token ids, and the strings that they came from (`None` for token ids)."""
         if isinstance(prompts, _Encoded):
             return prompts
-        if self.preprocessor is not None and not _are_ids(prompts):
+        if self.preprocessor is not None and not are_ids(prompts):
             texts = check_texts([prompts] if isinstance(prompts, str) else prompts, "prompts")
             return self.preprocessor.tokenizer.encode(texts, add_bos=self.preprocessor.add_bos), texts
-        arrays = self._token_ids(_padded(prompts) if isinstance(prompts, (list, tuple)) else prompts, "prompts")
-        rows = [ids[mask > 0].tolist() for ids, mask in zip(*arrays.values(), strict=True)]
-        for i, row in enumerate(rows):
-            if not row:
-                raise invalid(f"`prompts`, row {i}, must not be empty.", "It needs a token to begin with.", row=row)
-        return rows, None
-
-    def _stops(self, stop, stop_token_ids):
-        """Stop ids and stop strings of `generate`'s arguments."""
-        ids = self.stop_ids if stop_token_ids == "auto" else set(stop_token_ids or ())
-        if stop is None:
-            return set(), ()
-        given = [] if stop == "auto" else [stop] if isinstance(stop, (str, int)) else list(stop)
-        if any(isinstance(x, bool) or not isinstance(x, (str, int)) or x == "" for x in given):
-            raise invalid('`stop` must be "auto", None, or strings and token ids to stop at too.', stop=stop)
-        return ids | {x for x in given if isinstance(x, int)}, tuple(x for x in given if isinstance(x, str))
-
-    def _plan(self, rows, max_new_tokens, max_length, sampling, num_beams, seed, stops):
-        """The checked settings of one call."""
-        defaults = self.generation_config
-        sampled = bool(defaults.get("do_sample", defaults.get("temperature") is not None))
-        own = {"temperature": (defaults.get("temperature") or 1.0) if sampled else 0.0}
-        own |= {name: defaults[name] for name in Settings._fields[1:] if defaults.get(name) is not None}
-        given = {name: value for name, value in zip(Settings._fields, sampling, strict=True) if value is not None}
-        num_beams = num_beams if num_beams is not None else defaults.get("num_beams") or 1
-        if isinstance(num_beams, bool) or not isinstance(num_beams, int) or num_beams < 1:
-            raise invalid("`num_beams` must be an integer of at least 1.", num_beams=num_beams)
-        if num_beams > 1 and given.get("temperature"):
-            hint = "Pass temperature=0."
-            raise invalid("`num_beams` above 1 searches and does not sample.", hint, temperature=given["temperature"])
-        return completion.Plan(
-            settings=Settings(**{**own, **given}).checked(),
-            num_beams=num_beams,
-            max_new_tokens=self._room(rows, max_new_tokens, max_length),
-            stop_ids=stops[0],
-            stop_texts=stops[1],
-            seed=int(np.random.randint(2**31)) if seed is None else seed,
-        )
-
-    def _room(self, rows, max_new_tokens, max_length):
-        """How many tokens to add: what was asked for, or what fits; never beyond the context."""
-        longest = max(map(len, rows))
-        context = self.backbone.config.context_length
-        if context is not None and longest >= context:
-            raise invalid(
-                f"`prompts` must be shorter than the context of {context} tokens.", "Shorten them.", tokens=longest
-            )
-        room = np.inf if context is None else context - longest
-        if max_new_tokens is None and max_length is not None:
-            max_new_tokens = max_length - longest
-        if max_new_tokens is None:
-            return int(min(self.generation_config.get("max_new_tokens") or 128, room))
-        if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, (int, np.integer)) or max_new_tokens < 1:
-            raise invalid("`max_new_tokens` must be an integer of at least 1.", max_new_tokens=max_new_tokens)
-        if max_new_tokens > room:
-            raise invalid(
-                f"`max_new_tokens` must fit into the context of {context} tokens beside the prompt.",
-                f"At most {room} are left.",
-                max_new_tokens=max_new_tokens,
-                prompt_tokens=longest,
-            )
-        return int(max_new_tokens)
+        return self._id_rows(prompts, "prompts"), None
 
 
 class _Encoded(NamedTuple):
@@ -371,20 +293,3 @@ class _Encoded(NamedTuple):
 
     rows: list[list[int]]
     texts: list[str]
-
-
-_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-
-
-def _are_ids(prompts) -> bool:
-    if isinstance(prompts, (list, tuple)):
-        return bool(prompts) and not isinstance(prompts[0], (str, bytes, dict)) and np.ndim(prompts[0]) == 1
-    return is_token_ids(prompts)
-
-
-def _padded(rows, length=None) -> dict[str, np.ndarray]:
-    """Rows of token ids -> `token_ids` and `padding_mask`, int32 (B, T), padded on the right."""
-    arrays = np.zeros((2, len(rows), length or max(map(len, rows), default=0)), "int32")
-    for i, row in enumerate(rows):
-        arrays[0, i, : len(row)], arrays[1, i, : len(row)] = row, 1
-    return {"token_ids": arrays[0], "padding_mask": arrays[1]}

@@ -1,12 +1,12 @@
 """Text around the token loop: cut at the stop set, in pieces that never hold half a character."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from keras_llama.generation import TokenLoop
-from keras_llama.samplers import Settings
+from keras_llama.heads.plan import Plan
 
 _HALF = "\ufffd"  # what a decoder writes for bytes that are no character yet
 
@@ -57,59 +57,44 @@ class Completion:
         return len(settled) - held
 
 
-class Plan(NamedTuple):
-    """What one call of `generate` has settled.
-
-    Attributes:
-        settings: of the sampler, as arrays.
-        num_beams: 1 for no beam search.
-        max_new_tokens: most tokens to add.
-        stop_ids: ids that end a text.
-        stop_texts: strings that end a text.
-        seed: of the sampling.
-    """
-
-    settings: Settings
-    num_beams: int
-    max_new_tokens: int
-    stop_ids: set[int]
-    stop_texts: tuple[str, ...]
-    seed: int
-
-
-def new_ids(loop: TokenLoop, prompts: list[list[int]], plan: Plan, tokenizer: Any = None) -> list[list[int]]:
+def new_ids(
+    loop: TokenLoop, prompts: list[list[int]], plan: Plan, tokenizer: Any = None, context: tuple = ()
+) -> list[list[int]]:
     """Token ids that continue each prompt, up to and with the first stop token."""
     if plan.num_beams > 1:
         penalty = plan.settings.repetition_penalty
-        return loop.beam_search(prompts, plan.max_new_tokens, plan.num_beams, penalty, plan.stop_ids)
-    parts = [written for written, _ in _chunks(loop, prompts, plan, tokenizer, 8 if plan.stop_texts else None)]
+        options = (plan.max_new_tokens, plan.num_beams, penalty, plan.length_penalty, plan.stop_ids, context)
+        return loop.beam_search(prompts, *options)
+    parts = [written for written, _ in _chunks(loop, prompts, plan, tokenizer, context, 8 if plan.stop_texts else None)]
     return [_through_stop(row.tolist(), plan.stop_ids) for row in np.concatenate(parts, axis=1)]
 
 
-def texts(loop: TokenLoop, prompts: list[list[int]], plan: Plan, tokenizer: Any) -> list[str]:
+def texts(loop: TokenLoop, prompts: list[list[int]], plan: Plan, tokenizer: Any, context: tuple = ()) -> list[str]:
     """The completion of each prompt."""
     completions = [Completion(tokenizer, prompt, plan.stop_ids, plan.stop_texts) for prompt in prompts]
-    for completion, ids in zip(completions, new_ids(loop, prompts, plan, tokenizer), strict=True):
+    for completion, ids in zip(completions, new_ids(loop, prompts, plan, tokenizer, context), strict=True):
         completion.update(ids)
     return [completion.text for completion in completions]
 
 
-def stream(loop: TokenLoop, prompts: list[list[int]], plan: Plan, tokenizer: Any, chunk: int) -> Iterator[list[str]]:
+def stream(
+    loop: TokenLoop, prompts: list[list[int]], plan: Plan, tokenizer: Any, chunk: int, context: tuple = ()
+) -> Iterator[list[str]]:
     """The completions piece by piece, `chunk` tokens at a time; a piece may be empty.
 
     A beam search knows its text at the end and gives it as one piece.
     """
     if plan.num_beams > 1:
-        yield texts(loop, prompts, plan, tokenizer)
+        yield texts(loop, prompts, plan, tokenizer, context)
         return
     completions = [Completion(tokenizer, prompt, plan.stop_ids, plan.stop_texts) for prompt in prompts]
     left = plan.max_new_tokens
-    for written, done in _chunks(loop, prompts, plan, tokenizer, chunk, completions):
+    for written, done in _chunks(loop, prompts, plan, tokenizer, context, chunk, completions):
         left -= written.shape[1]
         yield [completion.show(finished=left == 0 or bool(done.all())) for completion in completions]
 
 
-def _chunks(loop, prompts, plan, tokenizer, chunk, completions=None):
+def _chunks(loop, prompts, plan, tokenizer, context, chunk, completions=None):
     """The loop's chunks; rows whose text meets a stop string are stopped."""
     if completions is None and plan.stop_texts:
         completions = [Completion(tokenizer, prompt, plan.stop_ids, plan.stop_texts) for prompt in prompts]
@@ -124,7 +109,8 @@ def _chunks(loop, prompts, plan, tokenizer, chunk, completions=None):
         plan.max_new_tokens,
         plan.settings,
         plan.stop_ids,
-        plan.seed,
+        [(plan.seed, row) for row in plan.rows],
+        context,
         chunk,
         None if completions is None else finished,
     )

@@ -3,21 +3,24 @@
 Shapes: B batch, T tokens, V vocabulary.
 """
 
+import dataclasses
 import functools
 import inspect
 import os
 import pathlib
 import re
 import warnings
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_llama import backend
+from keras_llama.backbone import LlamaBackbone
 from keras_llama.checkpoints import hf, loader, mapping, presets
 from keras_llama.config import invalid
 from keras_llama.layers import no_random_weights
-from keras_llama.preprocessing import Batches, StreamedBatches, TextPreprocessor, check_texts
+from keras_llama.preprocessing import Batches, StreamedBatches, TextPreprocessor, check_texts, pad_rows
 from keras_llama.tokenizer import Tokenizer
 
 
@@ -31,9 +34,13 @@ class Task(keras.Model):
         `encode`: texts -> columns of rows, `token_ids` and what else belongs to each token,
         `check_targets`: the targets of so many rows, checked and turned into an array,
         `finish_batch`: (inputs, targets, weights) of a padded batch, completed,
+        `sides`, `join`, `sort_key`: for a graph of two texts, what they are called, how they come together,
+            and which rows make a batch of little padding,
         `preset_options`, `checkpoint_settings`: what it takes from a checkpoint, and writes into one.
     """
 
+    backbone_class: Any = LlamaBackbone
+    sides: tuple[str, ...] = ("",)  # what `token_ids` and `padding_mask` of each text are prefixed with
     head = ""  # its weights' name in the words of Hugging Face: "lm_head", "score", "qa_outputs"
 
     def __init__(self, backbone, preprocessor, outputs, **kwargs):
@@ -71,7 +78,7 @@ class Task(keras.Model):
             flags = {"add_bos": tokenizer.default_add_bos, "add_eos": tokenizer.default_add_eos, **own}
             preprocessor = TextPreprocessor(tokenizer, **{**flags, "sequence_length": length})
         options = {**cls.preset_options(checkpoint, preprocessor), **options}
-        backbone = loader.build_backbone(checkpoint, dtype)
+        backbone = loader.build_backbone(checkpoint, dtype, cls=cls.backbone_class)
         with no_random_weights():
             task = cls(backbone, preprocessor=preprocessor, **options)
         loader.load(task, checkpoint, fresh=task.fresh_weights(checkpoint))
@@ -97,7 +104,7 @@ class Task(keras.Model):
         own = {
             "version": 1,
             "class": type(self).__name__,
-            "config": {"causal": config.causal, "dropout": config.dropout, "context_length": config.context_length},
+            "config": {name: value for name, value in dataclasses.asdict(config).items() if name in _OWN_FIELDS},
             "options": settings["options"],
         }
         if self.preprocessor is not None:
@@ -135,6 +142,10 @@ class Task(keras.Model):
 
     def metrics_by_name(self):
         return {}
+
+    def join(self, x, y):
+        """Inputs and targets as `encode` and `check_targets` take them, from those of `fit`."""
+        return x, y
 
     def check_targets(self, y, rows, training=False):
         raise NotImplementedError
@@ -290,6 +301,10 @@ class Task(keras.Model):
         """Texts -> columns of rows: `token_ids`, int32 (T_i,) each, and what a head adds."""
         return {"token_ids": self.preprocessor.encode(check_texts(x, argument), cut)}
 
+    def sort_key(self, columns):
+        """A number per row; rows of like numbers need little padding together."""
+        return np.array([len(row) for row in columns["token_ids"]])
+
     def save_assets(self, directory):
         if self.preprocessor is not None:
             self.preprocessor.tokenizer.save_assets(directory)
@@ -322,6 +337,7 @@ class Task(keras.Model):
             return backend.stream(StreamedBatches(x, prepare, warn, shuffle_seed))
         if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
             raise invalid("`batch_size` must be an integer of at least 1.", batch_size=batch_size)
+        x, y = self.join(x, y)
         inputs, lengths = self._rows(x, options.get("argument", "x"))
         batches = Batches(
             inputs,
@@ -335,41 +351,76 @@ class Task(keras.Model):
         return backend.stream(batches)
 
     def _rows(self, x, argument="x", predicting=False, one_length=False):
-        """A function from row numbers to inputs, and the tokens of each row, for texts or token ids."""
-        if self.preprocessor is None or is_token_ids(x):
+        """A function from row numbers to inputs, and a number per row to sort by, for texts or token ids."""
+        if self.preprocessor is None or is_token_ids(x, self.sides):
             arrays = self._token_ids(x, argument)
-            rows = len(arrays["token_ids"])
+            rows = len(arrays[f"{self.sides[0]}token_ids"])
             return lambda chosen: {key: value[chosen] for key, value in arrays.items()}, np.zeros(rows)
         columns = self.encode(x, argument, predicting=predicting)
-        lengths = np.array([len(row) for row in columns["token_ids"]])
-        longest = int(lengths.max()) if one_length else None
 
         def inputs(chosen):
-            return self.preprocessor.pad({name: [rows[i] for i in chosen] for name, rows in columns.items()}, longest)
+            return self._pad({name: [rows[i] for i in chosen] for name, rows in columns.items()}, longest)
 
-        return inputs, lengths
+        longest = {side: max(map(len, columns[f"{side}token_ids"])) if one_length else None for side in self.sides}
+        return inputs, self.sort_key(columns)
+
+    def _pad(self, columns, lengths=None):
+        """Ragged columns -> arrays (B, T), those of each side as long as its `lengths` say, or the next bucket."""
+        arrays: dict[str, np.ndarray] = {}
+        for side in self.sides:
+            own = {name.removeprefix(side): rows for name, rows in columns.items() if name.startswith(side)}
+            padded = self.preprocessor.pad(own, lengths and lengths[side])
+            arrays |= {f"{side}{name}": array for name, array in padded.items()}
+        return arrays
 
     def _prepare(self, x, y=None, sample_weight=None, *, cut, predicting):
         """One batch of a user's `PyDataset`, tokenized and finished."""
-        if self.preprocessor is None or is_token_ids(x):
+        x, y = self.join(x, y)
+        if self.preprocessor is None or is_token_ids(x, self.sides):
             inputs = self._token_ids(x)
         else:
-            inputs = self.preprocessor.pad(self.encode(x, cut=cut, predicting=predicting))
+            inputs = self._pad(self.encode(x, cut=cut, predicting=predicting))
         if predicting:
             return (inputs,)
-        rows = len(inputs["token_ids"])
+        rows = len(inputs[f"{self.sides[0]}token_ids"])
         return _without_none(self.finish_batch(inputs, self.check_targets(y, rows), _weights(sample_weight, rows)))
 
-    def _token_ids(self, x, argument="x"):
+    def _id_rows(self, x, argument):
+        """Rows of token ids of one text each, none empty, from a dict, an array, or lists."""
+        arrays = self._token_ids(pad_rows(x) if isinstance(x, (list, tuple)) else x, argument, sides=("",))
+        rows = [ids[mask > 0].tolist() for ids, mask in zip(*arrays.values(), strict=True)]
+        for i, row in enumerate(rows):
+            if not row:
+                raise invalid(f"`{argument}`, row {i}, must not be empty.", "It needs a token to begin with.", row=row)
+        return rows
+
+    def _token_ids(self, x, argument="x", sides=None):
         """Token ids as the graph takes them: int32 arrays (B, T), every id inside the vocabulary."""
         given = x if isinstance(x, dict) else {"token_ids": x}
-        if "token_ids" not in given or set(given) - {"token_ids", "padding_mask"}:
-            raise invalid(f"`{argument}` must have the keys token_ids and padding_mask.", **{argument: sorted(given)})
+        needed, masks = ([f"{side}{name}" for side in sides or self.sides] for name in ("token_ids", "padding_mask"))
+        if not set(needed) <= set(given) <= {*needed, *masks}:
+            raise invalid(
+                f"`{argument}` must have the keys {' and '.join(needed + masks)}.",
+                "The masks may be left out where nothing is padding.",
+                **{argument: sorted(given)},
+            )
+        arrays = {}
+        for ids, mask in zip(needed, masks, strict=True):
+            arrays[ids] = self._check_ids(given[ids], argument)
+            arrays[mask] = np.asarray(given.get(mask, np.ones_like(arrays[ids])))
+            if arrays[mask].shape != arrays[ids].shape:
+                shapes = {"shape": arrays[mask].shape, "expected": arrays[ids].shape}
+                raise invalid(f"`{mask}` must have the shape of `{ids}`.", **shapes)
+        rows = {name: len(arrays[name]) for name in needed}
+        if len(set(rows.values())) > 1:
+            raise invalid(f"`{argument}` must have as many rows on each side.", **rows)
+        return {key: value.astype("int32") for key, value in arrays.items()}
+
+    def _check_ids(self, ids, argument):
         try:
-            arrays = {key: np.asarray(value) for key, value in given.items()}
+            ids = np.asarray(ids)
         except ValueError as error:
             raise invalid(f"`{argument}` must be an int array (B, T).", "Pad its rows to one length.") from error
-        ids = arrays["token_ids"]
         if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
             raise invalid(
                 f"`{argument}` must hold token ids, an int array (B, T) that is not empty.",
@@ -377,9 +428,6 @@ class Task(keras.Model):
                 shape=ids.shape,
                 dtype=str(ids.dtype),
             )
-        mask = arrays.setdefault("padding_mask", np.ones_like(ids))
-        if mask.shape != ids.shape:
-            raise invalid("`padding_mask` must have the shape of `token_ids`.", shape=mask.shape, expected=ids.shape)
         size = self.backbone.config.vocabulary_size
         if ids.min() < 0 or ids.max() >= size:
             raise invalid(
@@ -387,7 +435,7 @@ class Task(keras.Model):
                 smallest=int(ids.min()),
                 largest=int(ids.max()),
             )
-        return {key: value.astype("int32") for key, value in arrays.items()}
+        return ids
 
     def fresh_weights(self, checkpoint):
         """Hugging Face's names of the head's weights that a checkpoint of another task may lack."""
@@ -405,10 +453,22 @@ class Task(keras.Model):
             )
 
 
-def is_token_ids(x) -> bool:
-    """Whether `x` holds token ids: a dict with them, or an int array (B, T)."""
-    dtype = str(getattr(x, "dtype", ""))
-    return (isinstance(x, dict) and "token_ids" in x) or ("int" in dtype and len(x.shape) == 2)
+# Of the configuration, what `config.json` has no field for, or none that may be empty.
+_OWN_FIELDS = ("causal", "dropout", "context_length", "num_encoder_layers", "share_embeddings")
+
+
+def is_token_ids(x, sides=("",)) -> bool:
+    """Whether `x` holds token ids: a dict with them, or, for a graph of one text, an int array (B, T)."""
+    if isinstance(x, dict):
+        return f"{sides[0]}token_ids" in x
+    return len(sides) == 1 and "int" in str(getattr(x, "dtype", "")) and len(x.shape) == 2
+
+
+def are_ids(x) -> bool:
+    """Whether `x` holds token ids of one text per row, as `is_token_ids` says, or as lists of lists."""
+    if isinstance(x, (list, tuple)):
+        return bool(x) and not isinstance(x[0], (str, bytes, dict)) and np.ndim(x[0]) == 1
+    return is_token_ids(x)
 
 
 def _without_none(batch):
