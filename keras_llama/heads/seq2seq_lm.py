@@ -180,7 +180,7 @@ class LlamaSeq2SeqLM(Task):
     def sort_key(self, columns):
         """Targets of one padded length together, within them sources of like length: logits cost the most."""
         sources, targets = (np.array([len(row) for row in columns[f"{side}token_ids"]]) for side in self.sides)
-        return np.array([backend.bucket(n) for n in targets]) + sources / (1 + sources.max())
+        return np.array([backend.bucket(int(n)) for n in targets]) + sources / (1 + sources.max())
 
     def finish_batch(self, inputs, y=None, sample_weight=None):
         """Teacher forcing: the decoder reads all tokens of the target but the last, and is to say all but the first."""
