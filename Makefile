@@ -7,10 +7,13 @@ VENV = .venv
 RUN = $(VENV)/bin/python
 export TF_CPP_MIN_LOG_LEVEL ?= 3
 
-.PHONY: demo test lint clean
+.PHONY: demo demo-translation test lint clean
 
 demo: $(VENV)/demo
 	KERAS_BACKEND=tensorflow $(RUN) -m tasks.classification $(DEMO_ARGS)
+
+demo-translation: $(VENV)/demo
+	KERAS_BACKEND=tensorflow $(RUN) -m tasks.translation $(DEMO_ARGS)
 
 # Tests compile much and run little: XLA need not optimise.
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0

@@ -22,6 +22,7 @@ from keras_llama.layers import (
 )
 from keras_llama.losses import Perplexity, TokenCrossentropy
 from keras_llama.preprocessing import TextPreprocessor
+from keras_llama.scores import TranslationScores, translation_scores
 from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
 from keras_llama.tokenizer import BytePairTokenizer, SentencePieceTokenizer
 
@@ -46,8 +47,10 @@ __all__ = [
     "SentencePieceTokenizer",
     "TextPreprocessor",
     "TokenCrossentropy",
+    "TranslationScores",
     "create_llama_model",
     "save_checkpoint",
     "set_memory_growth",
     "size",
+    "translation_scores",
 ]

@@ -12,8 +12,9 @@ from keras_llama.config import invalid
 from keras_llama.config import size as named_size
 from keras_llama.heads.text_classifier import Pooling
 from keras_llama.layers import normal_initializer, register
+from keras_llama.seq2seq_backbone import INPUTS, LlamaSeq2SeqBackbone
 
-TASKS = ("language_model", "classification", "regression")
+TASKS = ("language_model", "classification", "regression", "translation")
 
 
 @register
@@ -68,8 +69,10 @@ class LlamaModel(keras.Model):
     def _check(self, x, y=None):
         """Ids and class numbers in arrays must be of the vocabulary and the classes: not every backend looks."""
         outputs = self.output_shape[-1]
+        several = isinstance(x, (list, tuple)) and len(self.inputs) > 1
+        parts = x.values() if isinstance(x, dict) else x if several else [x]
         sparse = str(getattr(self, "loss", "")).startswith("sparse") or "Sparse" in type(self.loss).__name__
-        limits = [("x", x, self.get_layer("backbone").config.vocabulary_size, "a vocabulary")]
+        limits = [("x", part, self.get_layer("backbone").config.vocabulary_size, "a vocabulary") for part in parts]
         limits += [("y", y, outputs, "outputs")] if sparse else []
         for name, values, limit, what in limits:
             if not isinstance(values, (np.ndarray, list, tuple)):
@@ -125,10 +128,12 @@ def create_llama_model(
     Args:
         task: "language_model", causal, -> probabilities of the next token (B, T, V);
             "classification", bidirectional, -> probabilities (B, C);
-            "regression", bidirectional, -> numbers (B, C).
+            "regression", bidirectional, -> numbers (B, C);
+            "translation", an encoder-decoder: two inputs, `[source ids (B, S), target ids (B, T)]` or a dict of
+            `encoder_token_ids` and `decoder_token_ids`, -> probabilities of the next target token (B, T, V).
         vocabulary_size: V, number of token ids, 0 (padding) included.
         num_classes: C; needed for classification, 1 unless given for regression.
-        sequence_length: T, or `None` for any length.
+        sequence_length: T (and S), or `None` for any length.
         size: a named size: "tiny", "small", "base", or "0.3m" to "1b" parameters in the blocks.
         dropout: rate on embeddings, sub-layer outputs and the pooled vector while training.
         pooling: "mean" of the real tokens or "last" one; classification and regression.
@@ -147,6 +152,18 @@ def create_llama_model(
     if sequence_length is not None and (not isinstance(sequence_length, int) or sequence_length < 1):
         raise invalid("`sequence_length` must be a positive integer or None.", sequence_length=sequence_length)
     outputs = _number_of_outputs(task, vocabulary_size, num_classes)
+    if task == "translation":
+        inputs, x = _translation_graph(vocabulary_size, sequence_length, size, dropout, dtype)
+    else:
+        inputs, x = _graph(task, vocabulary_size, sequence_length, size, dropout, pooling, dtype)
+    activation = None if task == "regression" else "softmax"
+    head = keras.layers.Dense(
+        outputs, activation=activation, kernel_initializer=normal_initializer(), dtype="float32", name="output"
+    )
+    return LlamaModel(inputs, head(x), name=f"llama_{task}")
+
+
+def _graph(task, vocabulary_size, sequence_length, size, dropout, pooling, dtype):
     token_ids = keras.Input((sequence_length,), dtype="int32", name="token_ids")
     padding_mask = PaddingMask(name="padding_mask", dtype=dtype)(token_ids)
     backbone = LlamaBackbone(
@@ -163,15 +180,24 @@ def create_llama_model(
     else:
         x = Pooling(pooling, name="pooling", dtype=dtype)(x, padding_mask)
         x = keras.layers.Dropout(dropout, name="pooled_dropout", dtype=dtype)(x)
-    activation = None if task == "regression" else "softmax"
-    head = keras.layers.Dense(
-        outputs, activation=activation, kernel_initializer=normal_initializer(), dtype="float32", name="output"
+    return token_ids, x
+
+
+def _translation_graph(vocabulary_size, sequence_length, size, dropout, dtype):
+    ids = {name: keras.Input((sequence_length,), dtype="int32", name=name) for name in INPUTS[::2]}
+    masks = {
+        mask: PaddingMask(name=mask, dtype=dtype)(ids[name])
+        for name, mask in zip(INPUTS[::2], INPUTS[1::2], strict=True)
+    }
+    backbone = LlamaSeq2SeqBackbone(
+        vocabulary_size=vocabulary_size, **named_size(size), dropout=dropout, dtype=dtype, name="backbone"
     )
-    return LlamaModel(token_ids, head(x), name=f"llama_{task}")
+    x = backbone({**ids, **masks})
+    return list(ids.values()), MaskPadding(name="mask_padding", dtype=dtype)([x, masks["decoder_padding_mask"]])
 
 
 def _number_of_outputs(task, vocabulary_size, num_classes):
-    if task == "language_model":
+    if task in ("language_model", "translation"):
         return vocabulary_size
     if num_classes is None and task == "regression":
         return 1

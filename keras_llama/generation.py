@@ -123,6 +123,24 @@ class TokenLoop:
             )
         return search.best()
 
+    def greedy(self, prompts, max_new_tokens, settings, stops, context=()):
+        """New token ids int32 (B, `max_new_tokens`) inside somebody's graph, of any number of prompts (B, T).
+
+        Args:
+            prompts: int32 (B, T) without padding.
+            max_new_tokens: most tokens to add.
+            settings: `samplers.Settings` that sample nothing, as arrays.
+            stops: ids that end a row, an int array; what follows them in a row is 0.
+            context: as in `generate`.
+        """
+        rows, first = ops.shape(prompts)
+        mask = ops.pad(ops.ones_like(prompts), [[0, 0], [0, max_new_tokens]])
+        seen = ops.zeros((rows, self.config.vocabulary_size), "bool")
+        sampling = (settings, ops.convert_to_tensor(stops), ops.zeros((rows, first + max_new_tokens)))
+        state = self._prefill_and_choose(prompts, mask, seen, context, *sampling)
+        last = ops.convert_to_tensor(first + max_new_tokens, "int32")
+        return self._advance_until(state, last, context, *sampling).tokens[:, first:]
+
     def _prompt_arrays(self, prompts, max_new_tokens):
         """Tokens and mask (B, S), seen (B, V), and the first column after the prompts."""
         first = backend.bucket(max(len(prompt) for prompt in prompts))
@@ -137,13 +155,13 @@ class TokenLoop:
 
     def _prefill(self, prompts, mask, context):
         """Logits of the first new token (B, V), and the cache, from prompts (B, T) and mask (B, S)."""
-        rows, columns = mask.shape
+        rows, columns = ops.shape(mask)
         cache = kv_cache.make(self.config, rows, columns, self.dtype)
         return self.step(prompts, mask, cache, 0, *context)
 
     def _prefill_and_choose(self, prompts, mask, seen, context, settings, stops, uniforms):
         logits, cache = self._prefill(prompts, mask, context)
-        rows, column = prompts.shape
+        rows, column = ops.shape(prompts)
         tokens = ops.pad(prompts, [[0, 0], [0, mask.shape[1] - column]])
         done = ops.zeros((rows,), "bool")
         state = State(tokens, mask, cache, seen, done, ops.convert_to_tensor(column, "int32"))
@@ -156,7 +174,7 @@ class TokenLoop:
 
         def one(*state):
             state = State(*state)
-            last = ops.slice(state.tokens, [0, state.column - 1], [state.tokens.shape[0], 1])
+            last = ops.slice(state.tokens, [0, state.column - 1], [ops.shape(state.tokens)[0], 1])
             logits, cache = self.step(last, state.mask, state.cache, state.column - 1, *context)
             return tuple(self._write(state._replace(cache=cache), logits, settings, stops, uniforms))
 
@@ -164,7 +182,7 @@ class TokenLoop:
 
     def _write(self, state, logits, settings, stops, uniforms):
         """Chooses the next tokens and writes them into their column; rows that are done get padding."""
-        rows = state.tokens.shape[0]
+        rows = ops.shape(state.tokens)[0]
         uniform = ops.squeeze(ops.slice(uniforms, [0, state.column], [rows, 1]), 1)
         ids = ops.where(state.done, 0, choose(logits, state.seen, settings, uniform))
         real = ops.cast(ops.logical_not(state.done), "int32")

@@ -6,6 +6,7 @@ length, D hidden_dim, N heads, K key/value heads, H head_dim, F intermediate_dim
 
 import contextlib
 import contextvars
+from typing import Any
 
 import keras
 from keras import ops
@@ -291,8 +292,11 @@ class LlamaBlock(keras.layers.Layer):
         heads |= {"use_bias": attention_bias, "dtype": policy}
         self.attention_norm = norm("attention_norm")
         self.attention = LlamaAttention(**heads, name="attention")
-        self.cross_attention_norm = norm("cross_attention_norm") if cross_attention else None
-        self.cross_attention = LlamaCrossAttention(**heads, name="cross_attention") if cross_attention else None
+        self.cross_attention: Any = None
+        self.cross_attention_norm: Any = None
+        if cross_attention:
+            self.cross_attention_norm = norm("cross_attention_norm")
+            self.cross_attention = LlamaCrossAttention(**heads, name="cross_attention")
         self.mlp_norm = norm("mlp_norm")
         self.mlp = LlamaMLP(intermediate_dim=intermediate_dim, use_bias=mlp_bias, dtype=policy, name="mlp")
         self.dropout = keras.layers.Dropout(dropout, dtype=policy, name="dropout")

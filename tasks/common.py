@@ -14,6 +14,17 @@ from typing import Any
 import numpy as np
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+CHINESE_FONTS = (
+    "Noto Sans CJK SC",
+    "Noto Sans CJK JP",  # how matplotlib calls the collection that holds all of them
+    "Source Han Sans SC",
+    "WenQuanYi Zen Hei",
+    "WenQuanYi Micro Hei",
+    "Droid Sans Fallback",
+    "PingFang SC",
+    "Microsoft YaHei",
+    "SimHei",
+)
 SPLIT_SEED = 0  # the split never changes with --seed, so that scores can be compared
 
 
@@ -79,12 +90,13 @@ def prepare_output(args: argparse.Namespace) -> None:
             raise DataError(f"{path}: cannot be made a directory ({error.strerror}).") from error
 
 
-def split(rows: list, share: float) -> tuple[list, list]:
-    """Two parts of `rows`, the second with `share` of the distinct texts; equal texts stay together."""
+def split(rows: list, held: float) -> tuple[list, list]:
+    """Two parts of `rows`, the second with `held` distinct texts, a share or a number; equal texts stay together."""
     texts = sorted({row[0] for row in rows})
     order = np.random.default_rng(SPLIT_SEED).permutation(len(texts))
-    held = {texts[i] for i in order[int(len(texts) * (1 - share)) :]}
-    return [row for row in rows if row[0] not in held], [row for row in rows if row[0] in held]
+    first = int(len(texts) * (1 - held)) if held < 1 else len(texts) - int(held)
+    chosen = {texts[i] for i in order[first:]}
+    return [row for row in rows if row[0] not in chosen], [row for row in rows if row[0] in chosen]
 
 
 def sample(rows: list, limit: int | None) -> list:
@@ -122,6 +134,28 @@ def plot_training(path: str | os.PathLike, history: dict[str, Sequence[float]]) 
     figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def plot_alignment(path: str | os.PathLike, source: list[str], target: list[str], weights: np.ndarray) -> None:
+    """A heat map of how much each target token looks at each source token: weights (T, S)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import font_manager, pyplot
+
+    fonts = {font.name for font in font_manager.fontManager.ttflist}
+    font = next((name for name in CHINESE_FONTS if name in fonts), None)
+    if font is None:  # a box says less than a number
+        source, target = ([text.encode("unicode_escape").decode() for text in side] for side in (source, target))
+    with matplotlib.rc_context({"font.family": [font or "DejaVu Sans"]}):
+        figure, frame = pyplot.subplots(figsize=(1.5 + 0.5 * len(source), 1.5 + 0.4 * len(target)))
+        frame.imshow(weights, cmap="Greys", vmin=0, vmax=1, aspect="auto")
+        frame.set_xticks(range(len(source)), source, rotation=90)
+        frame.set_yticks(range(len(target)), target)
+        frame.set(xlabel="source", ylabel="target")
+        figure.tight_layout()
+        figure.savefig(path, dpi=120)
+        pyplot.close(figure)
 
 
 def compile_options(args: argparse.Namespace, rows: int, weight_decay: float) -> dict[str, Any]:
@@ -172,7 +206,7 @@ def deliver_classifier(model: Any, output: pathlib.Path, sentences: list[str]) -
     model.export(output / "saved_model")
     answer = serve(output / "saved_model", sentences)
     difference = np.abs(np.array(answer["probabilities"]) - np.asarray(model.probabilities(logits))).max()
-    if answer["labels"] != [row["label"] for row in model.classify(sentences)] or difference > 1e-4:
+    if answer["label"] != [row["label"] for row in model.classify(sentences)] or difference > 1e-4:
         raise RuntimeError(f"The exported model answers otherwise: {answer}.")
     print(f"{output / 'saved_model'}: served by a fresh process, probabilities within {difference:.0e}")
 

@@ -83,6 +83,41 @@ def _jsonl(path: str, lines: list[str]) -> Iterator[tuple[int, Any, Any]]:
             raise DataError(f"{path}:{number}: expected a JSON object with text and label ({error!r}).") from error
 
 
+def translation_rows(path: str) -> list[tuple[str, str, str]]:
+    """(source, target, "file:line") of a TSV or JSONL file.
+
+    TSV: `source<TAB>target`, further columns are left out. JSONL: objects with `source` and `target`.
+    """
+    ending = pathlib.Path(path).suffix.lower()
+    if ending not in (".tsv", ".txt", ".jsonl"):
+        raise DataError(f"{path}: expected a file ending in .tsv, .txt, .jsonl.")
+    rows = []
+    for number, line in enumerate(_lines(path), 1):
+        place = f"{path}:{number}"
+        source, target = _json_pair(place, line) if ending == ".jsonl" else _tsv_pair(place, line)
+        if not all(isinstance(text, str) and text.strip() for text in (source, target)):
+            raise DataError(f"{place}: expected a source and a target. Received: {source!r}, {target!r}.")
+        rows.append((source.strip(), target.strip(), place))
+    if not rows:
+        raise DataError(f"{path}: expected at least one pair. Received: an empty file.")
+    return rows
+
+
+def _tsv_pair(place: str, line: str) -> tuple[Any, Any]:
+    columns = line.split("\t")
+    if len(columns) < 2:
+        raise DataError(f"{place}: expected source<TAB>target. Received: {len(columns)} column.")
+    return columns[0], columns[1]
+
+
+def _json_pair(place: str, line: str) -> tuple[Any, Any]:
+    try:
+        row = json.loads(line)
+        return row["source"], row["target"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{place}: expected a JSON object with source and target ({error!r}).") from error
+
+
 def generation_rows(path: str) -> list[tuple[str, Any]]:
     """(text to tell rows apart by, row for `fit`) of a file of texts or of conversations.
 
@@ -128,6 +163,23 @@ def prompt_lines(path: str) -> list[str]:
     if not prompts:
         raise DataError(f"{path}: expected at least one prompt. Received: an empty file.")
     return prompts
+
+
+def interface_rows() -> list[tuple[str, str, str]]:
+    """The distinct English-Chinese pairs of interface text that JupyterLab's language pack (BSD) carries."""
+    name = "jupyterlab_language_pack_zh_CN"
+    package = importlib.util.find_spec(name)
+    if package is None or package.origin is None:
+        wheel = name.replace("_", "-")
+        raise DataError(f"The default data need {wheel}: pip install {wheel}==4.5.post3, or pass --data.")
+    pairs = set()
+    for path in sorted(pathlib.Path(package.origin).parent.rglob("*.json")):
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        for key, translations in entries.items():
+            source = key.split("\x04")[-1].strip()  # a context may stand before the text
+            if source and translations and isinstance(translations, list) and translations[0].strip():
+                pairs.add((source, translations[0].strip(), name))
+    return sorted(pairs)
 
 
 def review_rows():

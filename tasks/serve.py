@@ -16,8 +16,8 @@ def main() -> None:
     loaded = {"keras_llama", "keras_hub"} & set(sys.modules)
     if loaded:
         raise RuntimeError(f"Serving must not need {sorted(loaded)}.")
-    label, probabilities = answer["label"].numpy(), answer["probabilities"].numpy()
-    print(json.dumps({"labels": [name.decode() for name in label], "probabilities": probabilities.tolist()}))
+    values = {name: tensor.numpy().tolist() for name, tensor in answer.items()}
+    print(json.dumps(values, default=bytes.decode))
 
 
 if __name__ == "__main__":

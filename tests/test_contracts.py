@@ -26,6 +26,7 @@ ORDER = [
     "backbone",
     "seq2seq_backbone",
     "losses",
+    "scores",
     "samplers",
     "generation",
     "tokenizer_files",
@@ -134,7 +135,15 @@ def test_public_names():
 
 
 def test_registered_under_the_package_name():
-    for name in ("LlamaBackbone", "LlamaCausalLM", "LlamaTextClassifier", "LlamaBlock", "TextPreprocessor"):
+    for name in (
+        "LlamaBackbone",
+        "LlamaSeq2SeqBackbone",
+        "LlamaSeq2SeqLM",
+        "LlamaCausalLM",
+        "LlamaTextClassifier",
+        "LlamaBlock",
+        "TextPreprocessor",
+    ):
         assert keras.saving.get_registered_name(getattr(keras_llama, name)) == f"keras_llama>{name}"
 
 

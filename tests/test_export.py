@@ -39,7 +39,7 @@ def test_a_fresh_process_gives_the_same_answers(make, tmp_path, add_eos):
     found = np.array(answer["probabilities"])
     expected = np.asarray(model.probabilities(model.predict(TEXTS[:-1], verbose=0)))
     np.testing.assert_allclose(found[:-1], expected, atol=1e-6)
-    assert answer["labels"][:-1] == [row["label"] for row in model.classify(TEXTS[:-1])]
+    assert answer["label"][:-1] == [row["label"] for row in model.classify(TEXTS[:-1])]
     assert np.isfinite(found[-1]).all()  # the empty string is a text of no tokens but the first
 
 

@@ -254,7 +254,7 @@ class LlamaSeq2SeqLM(Task):
             raise invalid("`stream` and strings in `stop` need sources that are strings.", stream=stream, stop=stop)
         if stream:
             prompts, context = self._prompts(rows, plan)
-            pieces = completion.stream(self._loop, prompts, plan, tokenizer, int(stream), context)
+            pieces = completion.stream(self.token_loop, prompts, plan, tokenizer, int(stream), context)
             return (piece[0] for piece in pieces) if isinstance(sources, str) else pieces
         # Sources of like length together, so that little is padded.
         plan = plan._replace(rows=tuple(sorted(plan.rows, key=lambda i: -len(rows[i]))))
@@ -262,7 +262,7 @@ class LlamaSeq2SeqLM(Task):
         found: dict[int, Any] = {}
         for part in plan.parts(batch_size):
             prompts, context = self._prompts(rows, part)
-            new = complete(self._loop, prompts, part, tokenizer, context)
+            new = complete(self.token_loop, prompts, part, tokenizer, context)
             found |= dict(zip(part.rows, new, strict=True))
         answers = [found[i] for i in range(len(rows))]
         if tokenizer is None:
@@ -295,20 +295,39 @@ class LlamaSeq2SeqLM(Task):
         token = self.preprocessor.tokenizer.token
         return [token(int(i)) for i in sources], [token(int(i)) for i in targets[1:]], crossing
 
+    def export(self, filepath, max_new_tokens=None):
+        """Writes a SavedModel that takes a batch of strings: `serving_default`, texts -> text, decoded greedily.
+
+        To be loaded by a process that imports tensorflow and tensorflow_text. A source that is too long is cut.
+
+        Args:
+            filepath: a directory that does not exist yet.
+            max_new_tokens: most tokens of a target; `sequence_length` - 1 unless given.
+
+        Raises:
+            ValueError: on another backend than TensorFlow, without a preprocessor, if its tokenizer has no
+                SentencePiece model, or if `filepath` exists.
+        """
+        from keras_llama.export import saved_model
+
+        saved_model.export_seq2seq(self, filepath, max_new_tokens)
+
+    def remember(self, token_ids, padding_mask):
+        """Keys and values of cross-attention for sources int32 (B, S): a pair (B, S, K, H) per block."""
+        return self.backbone.memory(self.backbone.encode(token_ids, padding_mask))
+
     def get_config(self):
         own = {"generation_config": self.generation_config, "label_smoothing": self.label_smoothing}
         return {**super().get_config(), **own}
 
     @functools.cached_property
-    def _loop(self):
+    def token_loop(self):
+        """The `TokenLoop` over this model's steps."""
         return TokenLoop(self._next_logits, self.backbone.config, self.weights, self.dtype_policy.compute_dtype)
 
     @functools.cached_property
     def _remember(self):
-        return backend.Compiled(self._memory, self.weights, backend.resolve_jit("auto"))
-
-    def _memory(self, token_ids, padding_mask):
-        return self.backbone.memory(self.backbone.encode(token_ids, padding_mask))
+        return backend.Compiled(self.remember, self.weights, backend.resolve_jit("auto"))
 
     def _next_logits(self, token_ids, padding_mask, cache, index, memory, memory_mask):
         """Float32 logits after the last column (B, V), and the cache."""
