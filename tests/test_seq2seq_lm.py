@@ -1,0 +1,322 @@
+"""The translator: training on strings, its loss, greedy and beam decoding, files, the SavedModel, what it refuses."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_llama
+from keras_llama.losses import TokenCrossentropy
+from tasks import common
+
+SOURCES = ["good day", "bad day", "a good film", "what a day it is"] * 3
+TARGETS = ["好日子", "坏日子", "好的电影", "多好的日子"] * 3
+ON_TENSORFLOW = keras.config.backend() == "tensorflow"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return keras_llama.SentencePieceTokenizer.train(SOURCES + TARGETS, vocabulary_size=290)
+
+
+def make(tokenizer, seed=0, sequence_length=16, **options):
+    keras.utils.set_random_seed(seed)
+    backbone = keras_llama.LlamaSeq2SeqBackbone(
+        vocabulary_size=tokenizer.vocabulary_size,
+        num_layers=1,
+        num_query_heads=2,
+        num_key_value_heads=1,
+        hidden_dim=32,
+        intermediate_dim=64,
+        tie_word_embeddings=options.pop("tied", True),
+    )
+    return keras_llama.LlamaSeq2SeqLM(
+        backbone, keras_llama.TextPreprocessor(tokenizer, sequence_length, add_eos=True), **options
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tokenizer):
+    model = make(tokenizer, label_smoothing=0.1)
+    model.compile(keras.optimizers.Adam(1e-2))
+    model.fit(SOURCES, TARGETS, epochs=60, batch_size=4, verbose=0)
+    return model
+
+
+@pytest.fixture(scope="module")
+def random(tokenizer):
+    """Weights large enough that beams part."""
+    model = make(tokenizer)
+    generator = np.random.default_rng(2)
+    for variable in model.weights:
+        variable.assign(generator.normal(0, 0.4, variable.shape) + ("norm" in variable.path))
+    return model
+
+
+def test_learns_pairs_of_strings_and_gives_them_back(trained):
+    assert trained.generate(SOURCES[:4]) == TARGETS[:4]
+    assert trained.generate(SOURCES[:4], num_beams=3) == TARGETS[:4]
+    assert trained.generate(SOURCES[0]) == TARGETS[0]
+    assert trained.generate(np.array(SOURCES[:2])) == TARGETS[:2]
+    found = trained.evaluate(SOURCES, TARGETS, verbose=0, return_dict=True)
+    assert found["accuracy"] == 1
+    assert found["perplexity"] < 1.3 < found["loss"] + 1  # smoothing keeps the loss up, not the perplexity
+
+
+def test_a_batch_gives_what_each_source_alone_gives(random):
+    sources = ["good", "what a day it is", "bad film 好", "a"]
+    for options in ({}, {"num_beams": 3}, {"temperature": 1.0, "top_k": 20}):
+        whole = random.generate(sources, 8, seed=3, stop=None, **options)
+        if "temperature" not in options:  # a row's random numbers are those of its number in the call
+            assert [random.generate(source, 8, seed=3, stop=None, **options) for source in sources] == whole
+        assert random.generate(sources, 8, seed=3, stop=None, batch_size=2, **options) == whole
+    assert len(set(whole)) > 1
+
+
+def best_by_search(model, source, width, steps, length_penalty):
+    """Beam search without a cache and without batches, from its definition, on one source."""
+    ids = model.preprocessor.encode([source])[0].tolist()
+    end = model.preprocessor.tokenizer.eos_id
+    running, finished = [((model.start_id,), 0.0)], []
+    for _ in range(steps):
+        inputs = {"encoder_token_ids": [ids] * len(running), "decoder_token_ids": [list(b) for b, _ in running]}
+        inputs = {name: np.array(value, "int32") for name, value in inputs.items()}
+        masks = {name.replace("token_ids", "padding_mask"): np.ones_like(value) for name, value in inputs.items()}
+        scores = ops.convert_to_numpy(ops.log_softmax(model({**inputs, **masks})[:, -1]))
+        found = [
+            ((*beam, token), total + float(row[token]))
+            for (beam, total), row in zip(running, scores, strict=True)
+            for token in range(len(row))
+        ]
+        found = sorted(found, key=lambda pair: -pair[1])[: 2 * width]
+        finished += [(b, s) for b, s in found[:width] if b[-1] == end]
+        running = [(b, s) for b, s in found if b[-1] != end][:width]
+    return max([*finished, *running], key=lambda pair: pair[1] / (len(pair[0]) - 1) ** length_penalty)[0][1:]
+
+
+@pytest.mark.parametrize("length_penalty", [1.0, 0.3, 2.0])
+def test_beams_are_those_of_the_definition(random, length_penalty):
+    ids = random.preprocessor.encode(["what a film"])[0]
+    found = random.generate([ids.tolist()], 5, num_beams=3, length_penalty=length_penalty)
+    row = found["token_ids"][0][found["padding_mask"][0] > 0].tolist()
+    assert row == list(best_by_search(random, "what a film", 3, 5, length_penalty))
+
+
+def test_a_stream_joined_is_the_text(trained):
+    assert "".join(trained.generate(SOURCES[3], stream=True)) == TARGETS[3]
+    pieces = list(trained.generate(SOURCES[:2], stream=2))
+    assert ["".join(parts) for parts in zip(*pieces, strict=True)] == TARGETS[:2]
+
+
+def test_token_ids_in_and_out(trained):
+    text = trained.preprocessor
+    rows = [row.tolist() for row in text.encode(SOURCES[:2])]
+    found = trained.generate(rows)
+    written = [ids[mask > 0].tolist() for ids, mask in zip(*found.values(), strict=True)]
+    assert text.tokenizer.decode(written) == TARGETS[:2]
+    ids = keras_llama.LlamaSeq2SeqLM(trained.backbone, generation_config={"decoder_start_token_id": 1})
+    assert np.array_equal(ids.generate(rows, 5, stop_token_ids=[2])["token_ids"], found["token_ids"][:, :5])
+
+
+def pairs(*lengths, pad=0):
+    """Token ids of pairs (source length, target length), padded by `pad` columns more than is needed."""
+    rng = np.random.default_rng(0)
+    arrays = {}
+    for side, at in (("encoder", 0), ("decoder", 1)):
+        widest = max(pair[at] for pair in lengths) + pad
+        ids, mask = np.zeros((2, len(lengths), widest), "int32")
+        for i, pair in enumerate(lengths):
+            mask[i, : pair[at]] = 1
+        ids[:] = rng.integers(5, 60, (len(lengths), 99))[:, :widest] * mask
+        arrays |= {f"{side}_token_ids": ids, f"{side}_padding_mask": mask}
+    return arrays
+
+
+def test_the_loss_is_the_mean_over_real_target_tokens(tokenizer):
+    model = make(tokenizer)
+    model.compile(weighted_metrics=["accuracy"])
+    tight = model.evaluate(pairs((3, 4), (5, 9)), batch_size=2, verbose=0, return_dict=True)
+    wide = model.evaluate(pairs((3, 4), (5, 9), pad=7), batch_size=2, verbose=0, return_dict=True)
+    assert wide == pytest.approx(tight, rel=1e-5)
+    both = pairs((3, 4), (5, 9))
+    rows = [model.evaluate({k: v[i : i + 1] for k, v in both.items()}, verbose=0, return_dict=True) for i in (0, 1)]
+    assert tight["loss"] == pytest.approx((3 * rows[0]["loss"] + 8 * rows[1]["loss"]) / 11, rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.5])
+def test_label_smoothing_is_cross_entropy_with_smoothed_targets(rng, smoothing):
+    logits, ids = rng.normal(size=(2, 3, 7)).astype("float32"), rng.integers(0, 7, (2, 3))
+    weights = np.array([[1, 1, 0], [1, 0, 0]], "float32")
+    smooth = np.eye(7)[ids] * (1 - smoothing) + smoothing / 7
+    entropy = -(smooth * ops.convert_to_numpy(ops.log_softmax(logits))).sum(-1)
+    found = float(TokenCrossentropy(smoothing)(ids, logits, weights))
+    assert found == pytest.approx((entropy * weights).sum() / weights.sum(), rel=1e-5)
+
+
+def test_streams_of_pairs_and_held_out_rows(tokenizer):
+    class Pairs(keras.utils.PyDataset):
+        def __len__(self):
+            return 3
+
+        def __getitem__(self, i):
+            return SOURCES[4 * i : 4 * i + 4], TARGETS[4 * i : 4 * i + 4]
+
+    model = make(tokenizer)
+    model.compile(keras.optimizers.Adam(1e-2))
+    history = model.fit(Pairs(), epochs=3, validation_data=(SOURCES[:4], TARGETS[:4]), verbose=0).history
+    assert history["val_loss"][-1] < history["val_loss"][0]
+    model.fit(SOURCES, TARGETS, validation_split=0.25, epochs=1, verbose=0)
+    logits = model.predict({"source": SOURCES[:2], "target": TARGETS[:2]}, verbose=0)
+    assert logits.shape[::2] == (2, tokenizer.vocabulary_size)
+
+
+def test_alignment_is_a_distribution_over_the_source(trained):
+    source, target, weights = trained.alignment(SOURCES[0], TARGETS[0])
+    assert source[0] == "<s>"
+    assert target[-1] == "</s>"
+    assert weights.shape == (1, 2, len(target), len(source))
+    np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_files_bring_it_back(tokenizer, tmp_path, tied):
+    model = make(tokenizer, tied=tied, label_smoothing=0.2)
+    model.compile()
+    model.fit(SOURCES, TARGETS, epochs=2, verbose=0)
+    columns = {"source": SOURCES[:3], "target": TARGETS[:3]}
+    expected = model.predict(columns, verbose=0)
+    model.save(tmp_path / "model.keras")
+    model.save_to_preset(tmp_path / "preset")
+    for again in (
+        keras.saving.load_model(tmp_path / "model.keras"),
+        keras_llama.LlamaSeq2SeqLM.from_preset(tmp_path / "preset"),
+    ):
+        assert np.array_equal(again.predict(columns, verbose=0), expected)
+        assert again.label_smoothing == 0.2
+        assert again.generate(SOURCES[:2]) == model.generate(SOURCES[:2])
+    backbone = keras_llama.LlamaSeq2SeqBackbone.from_preset(tmp_path / "preset")
+    assert backbone.count_params() == model.backbone.count_params()
+    for cls in (keras_llama.LlamaCausalLM, keras_llama.LlamaBackbone):
+        with pytest.raises(ValueError, match="expected a checkpoint of a LlamaBackbone"):
+            cls.from_preset(tmp_path / "preset")
+    with pytest.raises(ValueError, match="know no encoder"):
+        keras_llama.save_checkpoint(model, tmp_path / "other")
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_starts_from_a_language_model(chat_lm, make_backbone, tied):
+    backbone = make_backbone(vocabulary_size=chat_lm.backbone.config.vocabulary_size, tie_word_embeddings=tied)
+    lm = keras_llama.LlamaCausalLM(backbone, chat_lm.preprocessor)
+    model = keras_llama.LlamaSeq2SeqLM.from_decoder(lm, sequence_length=24, dropout=0.1)
+    assert model.preprocessor.sequence_length == 24
+    assert model.start_id == chat_lm.preprocessor.tokenizer.eos_id  # this vocabulary has no begin of text
+    if not tied:
+        head = next(v for v in model.weights if v.path.startswith("lm_head"))
+        theirs = next(v for v in lm.weights if v.path.startswith("lm_head"))
+        assert np.array_equal(ops.convert_to_numpy(head.value), ops.convert_to_numpy(theirs.value))
+    model.compile(keras.optimizers.Adam(1e-2))
+    losses = model.fit(SOURCES, TARGETS, epochs=4, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    with pytest.raises(ValueError, match="must be a LlamaCausalLM"):
+        keras_llama.LlamaSeq2SeqLM.from_decoder(backbone)
+    with pytest.raises(ValueError, match="must be a LlamaSeq2SeqBackbone"):
+        keras_llama.LlamaSeq2SeqLM(backbone)
+
+
+@pytest.mark.skipif(not ON_TENSORFLOW, reason="a SavedModel is written on the TensorFlow backend")
+def test_a_fresh_process_translates(trained, random, tmp_path):
+    sources = [*SOURCES[:4], "unseen слова"]
+    for name, model in (("trained", trained), ("random", random)):
+        model.export(tmp_path / name)
+        assert common.serve(tmp_path / name, sources)["text"] == model.generate(sources)
+    assert common.serve(tmp_path / "trained", ["good " * 50])["text"] == trained.generate(["good " * 50], truncate=True)
+
+
+@pytest.mark.skipif(ON_TENSORFLOW, reason="TensorFlow writes it")
+def test_another_backend_says_how_to_export(trained, tmp_path):
+    with pytest.raises(ValueError, match="KERAS_BACKEND=tensorflow"):
+        trained.export(tmp_path / "model")
+
+
+def test_text_that_the_vocabulary_has_never_seen(trained):
+    assert isinstance(trained.generate("Привет, мир"), str)
+    assert all(isinstance(text, str) for text in trained.generate(["नमस्ते", "😀"], num_beams=2))
+
+
+def test_a_long_pair_is_cut_with_a_counted_warning(tokenizer):
+    model = make(tokenizer, sequence_length=8)
+    model.compile()
+    with pytest.warns(UserWarning, match="1 of 12 texts are longer than sequence_length=8"):
+        model.fit(["day " * 20, *SOURCES[1:]], ["好"] * 12, verbose=0)
+    with pytest.raises(ValueError, match=r"`sources` must have at most sequence_length=8.*truncate=True"):
+        model.generate("day " * 20)
+    assert isinstance(model.generate("day " * 20, truncate=True), str)
+
+
+BAD_PAIRS = {
+    "an empty source": (["a", ""], ["b", "c"], r"`source\[1\]` must not be empty"),
+    "an empty target": (["a", "b"], ["c", ""], r"`target\[1\]` must not be empty"),
+    "no target": (["a"], None, "A source needs a target"),
+    "fewer targets": (["a", "b"], ["c"], "a target for each source"),
+    "a number": (["a", "b"], ["c", 3], r"`target\[1\]` must be a string"),
+    "another column": ({"source": ["a"], "goal": ["b"]}, None, "keys source and target"),
+    "ids of one side": ({"encoder_token_ids": np.ones((1, 2), int)}, None, "must have the keys"),
+    "sides of other lengths": (
+        {"encoder_token_ids": np.ones((1, 2), int), "decoder_token_ids": np.ones((2, 2), int)},
+        None,
+        "as many rows on each side",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_refuses_bad_pairs(random, case):
+    x, y, message = BAD_PAIRS[case]
+    random.compile()
+    with pytest.raises(ValueError, match=message):
+        random.fit(x, y, verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("sources", "options", "message"),
+    [
+        ("", {}, r"`sources\[0\]` must not be empty"),
+        (["a", ""], {}, r"`sources\[1\]` must not be empty"),
+        ([], {}, "at least one text"),
+        ("a", {"num_beams": 0}, "`num_beams` must be"),
+        ("a", {"length_penalty": "long"}, "`length_penalty` must be"),
+        ("a", {"max_new_tokens": 0}, "`max_new_tokens` must be"),
+        ("a", {"batch_size": 0}, "`batch_size` must be"),
+        ([[5, 6]], {"stream": True}, "need sources that are strings"),
+    ],
+)
+def test_refuses_bad_settings(random, sources, options, message):
+    with pytest.raises(ValueError, match=message):
+        random.generate(sources, **options)
+
+
+def test_refuses_bad_options(tokenizer):
+    for smoothing in (-0.1, 1.0, "much"):
+        with pytest.raises(ValueError, match="`label_smoothing` must"):
+            make(tokenizer, label_smoothing=smoothing)
+    model = keras_llama.LlamaSeq2SeqLM(make(tokenizer).backbone)
+    with pytest.raises(ValueError, match="needs a token to begin with"):
+        model.generate([[5, 6]], 4)
+
+
+def test_scores_are_those_of_sacrebleu():
+    scores = keras_llama.translation_scores(["我喜欢茶", "你好"], [["我喜欢喝茶", "我爱茶"], "你好"])
+    assert 0 < scores["bleu"] < 100
+    assert keras_llama.translation_scores(["你好吗？"], ["你好吗？"])["bleu"] == pytest.approx(100)
+    with pytest.raises(ValueError, match="at least one text for each translation"):
+        keras_llama.translation_scores(["a", "b"], ["a"])
+    with pytest.raises(ValueError, match="`every`"):
+        keras_llama.TranslationScores(list, ["a"], ["a"], every=0)
+
+
+def test_scores_are_metrics_of_an_epoch(trained, capsys):
+    callback = keras_llama.TranslationScores(trained.generate, SOURCES[:4], TARGETS[:4], every=2, samples=1)
+    trained.compile(keras.optimizers.SGD(0.0))
+    history = trained.fit(SOURCES, TARGETS, epochs=2, callbacks=[callback], verbose=0).history
+    assert history["val_bleu"] == [pytest.approx(100)]  # after the second epoch
+    assert "good day  ->  好日子" in capsys.readouterr().out
