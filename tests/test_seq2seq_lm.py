@@ -19,7 +19,7 @@ def tokenizer():
     return keras_llama.SentencePieceTokenizer.train(SOURCES + TARGETS, vocabulary_size=290)
 
 
-def make(tokenizer, seed=0, sequence_length=16, **options):
+def make(tokenizer, seed=0, sequence_length=40, **options):
     keras.utils.set_random_seed(seed)
     backbone = keras_llama.LlamaSeq2SeqBackbone(
         vocabulary_size=tokenizer.vocabulary_size,
@@ -38,8 +38,8 @@ def make(tokenizer, seed=0, sequence_length=16, **options):
 @pytest.fixture(scope="module")
 def trained(tokenizer):
     model = make(tokenizer, label_smoothing=0.1)
-    model.compile(keras.optimizers.Adam(1e-2))
-    model.fit(SOURCES, TARGETS, epochs=60, batch_size=4, verbose=0)
+    model.compile(keras.optimizers.Adam(5e-3))
+    model.fit(SOURCES, TARGETS, epochs=100, batch_size=4, verbose=0)
     return model
 
 
@@ -184,6 +184,7 @@ def test_files_bring_it_back(tokenizer, tmp_path, tied):
     model.compile()
     model.fit(SOURCES, TARGETS, epochs=2, verbose=0)
     columns = {"source": SOURCES[:3], "target": TARGETS[:3]}
+    rows = [row.tolist() for row in model.preprocessor.encode(SOURCES[:2])]
     expected = model.predict(columns, verbose=0)
     model.save(tmp_path / "model.keras")
     model.save_to_preset(tmp_path / "preset")
@@ -193,7 +194,7 @@ def test_files_bring_it_back(tokenizer, tmp_path, tied):
     ):
         assert np.array_equal(again.predict(columns, verbose=0), expected)
         assert again.label_smoothing == 0.2
-        assert again.generate(SOURCES[:2]) == model.generate(SOURCES[:2])
+        assert np.array_equal(again.generate(rows)["token_ids"], model.generate(rows)["token_ids"])
     backbone = keras_llama.LlamaSeq2SeqBackbone.from_preset(tmp_path / "preset")
     assert backbone.count_params() == model.backbone.count_params()
     for cls in (keras_llama.LlamaCausalLM, keras_llama.LlamaBackbone):
@@ -224,12 +225,10 @@ def test_starts_from_a_language_model(chat_lm, make_backbone, tied):
 
 
 @pytest.mark.skipif(not ON_TENSORFLOW, reason="a SavedModel is written on the TensorFlow backend")
-def test_a_fresh_process_translates(trained, random, tmp_path):
-    sources = [*SOURCES[:4], "unseen слова"]
-    for name, model in (("trained", trained), ("random", random)):
-        model.export(tmp_path / name)
-        assert common.serve(tmp_path / name, sources)["text"] == model.generate(sources)
-    assert common.serve(tmp_path / "trained", ["good " * 50])["text"] == trained.generate(["good " * 50], truncate=True)
+def test_a_fresh_process_translates(trained, tmp_path):
+    sources = [*SOURCES[:4], "unseen слова", "good " * 80]
+    trained.export(tmp_path / "model")
+    assert common.serve(tmp_path / "model", sources)["text"] == trained.generate(sources, truncate=True)
 
 
 @pytest.mark.skipif(ON_TENSORFLOW, reason="TensorFlow writes it")
@@ -247,7 +246,7 @@ def test_a_long_pair_is_cut_with_a_counted_warning(tokenizer):
     model = make(tokenizer, sequence_length=8)
     model.compile()
     with pytest.warns(UserWarning, match="1 of 12 texts are longer than sequence_length=8"):
-        model.fit(["day " * 20, *SOURCES[1:]], ["好"] * 12, verbose=0)
+        model.fit(["day " * 20, *["day"] * 11], ["好"] * 12, verbose=0)
     with pytest.raises(ValueError, match=r"`sources` must have at most sequence_length=8.*truncate=True"):
         model.generate("day " * 20)
     assert isinstance(model.generate("day " * 20, truncate=True), str)
