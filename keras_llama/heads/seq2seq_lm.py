@@ -356,5 +356,6 @@ class LlamaSeq2SeqLM(Task):
                 "Pass truncate=True to cut them.",
                 tokens=longest,
             )
-        kept = text.cut(rows, cut=Counter(), tail=[text.tokenizer.eos_id] if text.add_eos else [])  # asked for: no warning
+        tail = [text.tokenizer.eos_id] if text.add_eos else []
+        kept = text.cut(rows, cut=Counter(), tail=tail)  # it was asked for: no warning
         return [row.tolist() for row in kept], True

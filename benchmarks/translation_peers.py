@@ -1,0 +1,228 @@
+"""Two plain Keras translators to compare with: an LSTM encoder-decoder and KerasHub's Transformer layers.
+
+Shapes: B batch, S source length, T target length, D width, V vocabulary.
+"""
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import keras
+import keras_hub
+import numpy as np
+import tensorflow as tf
+from keras import layers, ops
+
+BUCKETS = (8, 12, 16, 24, 32, 48)
+LONGEST_ANSWER = 40
+FEED_FORWARD = 4  # times the width, as in "Attention is all you need"
+HEADS = 8
+WIDTH_MULTIPLE = 8
+LARGEST_WIDTH = 1_024
+
+Rows = list[list[int]]
+Shapes = list[tuple[int, int]]
+
+
+def padded(rows: Rows, length: int, pad_id: int) -> np.ndarray:
+    """Rows as an array (B, length) of ids; what is longer is cut."""
+    out = np.full((len(rows), length), pad_id, "int32")
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row[:length]
+    return out
+
+
+def bucket_shapes() -> Shapes:
+    """Shapes (S, T) that keep a batch of like length almost free of padding."""
+    return [(length, length) for length in BUCKETS]
+
+
+def one_shape(sources: Rows, targets: Rows) -> Shapes:
+    """The single shape (S, T) that holds 99 of 100 sources, and 99 of 100 targets."""
+    lengths = [len(row) for row in sources], [len(row) - 1 for row in targets]
+    return [(math.ceil(np.percentile(lengths[0], 99)), math.ceil(np.percentile(lengths[1], 99)))]
+
+
+def examples(sources: Rows, targets: Rows, shapes: Shapes, batch_size: int, pad_id: int) -> Iterator[tuple]:
+    """Endless batches ((source (B, S), target input (B, T)), target (B, T), weights (B, T)).
+
+    An example goes to the first of `shapes` that holds it, else it is cut to the last. A batch leaves when it is
+    full, so all batches of a shape have one size: XLA compiles once for each shape, and no example is lost.
+    """
+    random = np.random.default_rng(0)
+    waiting: dict[tuple[int, int], list[int]] = {shape: [] for shape in shapes}
+    places = [
+        next((shape for shape in shapes if len(source) <= shape[0] and len(target) - 1 <= shape[1]), shapes[-1])
+        for source, target in zip(sources, targets, strict=True)
+    ]
+    while True:
+        for i in random.permutation(len(sources)):
+            chosen = waiting[places[i]]
+            chosen.append(i)
+            if len(chosen) == batch_size:
+                source = padded([sources[j] for j in chosen], places[i][0], pad_id)
+                target = padded([targets[j] for j in chosen], places[i][1] + 1, pad_id)
+                chosen.clear()
+                yield (source, target[:, :-1]), target[:, 1:], (target[:, 1:] != pad_id).astype("float32")
+
+
+def dataset(sources: Rows, targets: Rows, shapes: Shapes, batch_size: int, pad_id: int) -> tf.data.Dataset:
+    """`examples` for `fit`. Keras would guess the shapes from the first batches, and fail on longer ones."""
+    ids, weights = (tf.TensorSpec([batch_size, None], dtype) for dtype in ("int32", "float32"))
+    return tf.data.Dataset.from_generator(
+        lambda: examples(sources, targets, shapes, batch_size, pad_id), output_signature=((ids, ids), ids, weights)
+    ).prefetch(4)
+
+
+def assembled(encoder: keras.Model, decoder: keras.Model, head: keras.Model) -> keras.Model:
+    """(source (B, S), target input (B, T)) -> logits (B, T, V); the parts stay in reach for decoding, by name."""
+    source, target = keras.Input([None], dtype="int32"), keras.Input([None], dtype="int32")
+    return keras.Model([source, target], head(decoder([target, *encoder(source)])))
+
+
+def lstm(
+    vocabulary_size: int, width: int, depth: int, dropout: float, pad_id: int, attention: bool = True
+) -> keras.Model:
+    """LSTM encoder and decoder, `depth` layers each; the decoder starts from the encoder's last states.
+
+    The first layer of the encoder reads in both directions, with half the width each. Both languages share the
+    embedding; the head has weights of its own.
+
+    Args:
+        attention: whether the decoder also looks at all outputs of the encoder (Luong et al., 2015,
+            https://arxiv.org/abs/1508.04025).
+    """
+    embedding = layers.ReversibleEmbedding(vocabulary_size, width, tie_weights=False, name="embedding")
+
+    source = keras.Input([None], dtype="int32")
+    mask = ops.not_equal(source, pad_id)  # (B, S)
+    hidden = layers.Dropout(dropout)(embedding(source))  # (B, S, D)
+    states = []
+    for i in range(depth):
+        if i == 0:
+            half = layers.LSTM(width // 2, return_sequences=True, return_state=True)
+            hidden, *both = layers.Bidirectional(half)(hidden, mask=mask)
+            state = [ops.concatenate(both[j::2], axis=-1) for j in range(2)]  # hidden and cell state (B, D)
+        else:
+            hidden, *state = layers.LSTM(width, return_sequences=True, return_state=True)(hidden, mask=mask)
+        hidden = layers.Dropout(dropout)(hidden)
+        states += state
+    encoder = keras.Model(source, [mask, hidden, *states] if attention else states, name="encoder")
+
+    target = keras.Input([None], dtype="int32")
+    memory = [keras.Input(tensor.shape[1:], dtype=tensor.dtype) for tensor in encoder.outputs]
+    hidden = layers.Dropout(dropout)(embedding(target))  # (B, T, D)
+    for i in range(depth):
+        start = memory[-2 * depth :][2 * i : 2 * i + 2]
+        hidden = layers.LSTM(width, return_sequences=True)(hidden, initial_state=start)
+        hidden = layers.Dropout(dropout)(hidden)
+    if attention:
+        seen = layers.Attention(use_scale=True)([hidden, memory[1]], mask=[None, memory[0]])
+        hidden = layers.Dense(width, activation="tanh")(ops.concatenate([hidden, seen], axis=-1))
+        hidden = layers.Dropout(dropout)(hidden)
+    decoder = keras.Model([target, *memory], hidden, name="decoder")
+
+    hidden = keras.Input([None, width])
+    return assembled(encoder, decoder, keras.Model(hidden, embedding(hidden, reverse=True), name="head"))
+
+
+def keras_hub_transformer(vocabulary_size: int, width: int, depth: int, dropout: float, pad_id: int) -> keras.Model:
+    """KerasHub's Transformer, `depth` layers on each side, normalised first; the embedding is the head as well."""
+    # With KerasHub's own start, numbers up to 0.05 and no scale, the first sublayers drown words and places: the
+    # model hardly learns within minutes. Here the embedding has variance 1 going in, and so have the logits.
+    embedding = keras_hub.layers.TokenAndPositionEmbedding(
+        vocabulary_size,
+        max(BUCKETS),
+        width,
+        embeddings_initializer=keras.initializers.RandomNormal(stddev=width**-0.5),
+    )
+    scale = layers.Rescaling(width**0.5)
+    settings = {
+        "intermediate_dim": FEED_FORWARD * width,
+        "num_heads": HEADS,
+        "dropout": dropout,
+        "normalize_first": True,
+    }
+
+    source = keras.Input([None], dtype="int32")
+    mask = ops.not_equal(source, pad_id)  # (B, S)
+    hidden = layers.Dropout(dropout)(scale(embedding(source)))  # (B, S, D)
+    for _ in range(depth):
+        hidden = keras_hub.layers.TransformerEncoder(**settings)(hidden, padding_mask=mask)
+    hidden = layers.LayerNormalization()(hidden)
+    encoder = keras.Model(source, [mask, hidden], name="encoder")
+
+    target = keras.Input([None], dtype="int32")
+    memory = [keras.Input(tensor.shape[1:], dtype=tensor.dtype) for tensor in encoder.outputs]
+    hidden = layers.Dropout(dropout)(scale(embedding(target)))  # (B, T, D)
+    for _ in range(depth):
+        # The target needs no mask: its padding is on the right, behind all that the causal mask lets through.
+        hidden = keras_hub.layers.TransformerDecoder(**settings)(hidden, memory[1], encoder_padding_mask=memory[0])
+    hidden = layers.LayerNormalization()(hidden)
+    decoder = keras.Model([target, *memory], hidden, name="decoder")
+
+    hidden = keras.Input([None, width])
+    head = keras.Model(hidden, embedding.token_embedding(hidden, reverse=True), name="head")
+    return assembled(encoder, decoder, head)
+
+
+def fitting_width(build: Callable[[int], keras.Model], parameters: int) -> int:
+    """The multiple of `WIDTH_MULTIPLE` with which `build(width)` comes closest to `parameters`."""
+    widths = range(WIDTH_MULTIPLE, LARGEST_WIDTH + 1, WIDTH_MULTIPLE)
+    above = bisect.bisect_left(widths, parameters, key=lambda width: build(width).count_params())
+    near = widths[max(above - 1, 0) : above + 1]
+    return min(near, key=lambda width: abs(build(width).count_params() - parameters))
+
+
+def greedy(model: keras.Model, sources: Rows, bos_id: int, eos_id: int, pad_id: int, batch_size: int = 128) -> Rows:
+    """The likeliest token after another, until `eos_id` or `LONGEST_ANSWER`; neither bos nor eos is returned."""
+    encoder, decoder, head = (model.get_layer(name) for name in ("encoder", "decoder", "head"))
+    ids = tf.TensorSpec([None, None], "int32")
+    remembered = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in encoder.outputs]
+
+    @tf.function(input_signature=[ids])
+    def encode(source):
+        return encoder(source)
+
+    @tf.function(input_signature=[ids, remembered])  # one trace for all lengths
+    def choose(prefix, memory):
+        """Next ids (B) after prefixes (B, T); only the last place goes through the head."""
+        return ops.argmax(head(decoder([prefix, *memory])[:, -1:])[:, 0], axis=-1)
+
+    answers: Rows = [[] for _ in sources]
+    order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
+    for start in range(0, len(order), batch_size):
+        running = np.array(order[start : start + batch_size])
+        length = min(len(sources[running[-1]]), max(BUCKETS))  # the Transformer has no position beyond
+        memory = encode(tf.constant(padded([sources[i] for i in running], length, pad_id)))
+        prefix = np.full((len(running), 1), bos_id, "int32")
+        for _ in range(LONGEST_ANSWER):
+            chosen = choose(tf.constant(prefix), memory).numpy()
+            going = np.flatnonzero(chosen != eos_id)
+            running, chosen = running[going], chosen[going]
+            if not len(running):
+                break
+            for i, token in zip(running, chosen, strict=True):
+                answers[i].append(int(token))
+            prefix = np.concatenate([prefix[going], chosen[:, None]], axis=1).astype("int32")
+            memory = [tf.gather(tensor, going) for tensor in memory]
+    return answers
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What is chosen on the validation part, for models of 4 million parameters trained for minutes."""
+
+    build: Callable[..., keras.Model]
+    depth: int
+    dropout: float
+    batch_size: int
+    learning_rate: float
+    dtype: str
+
+
+SETTINGS = {
+    "lstm": Settings(lstm, 1, 0.2, 64, 4e-3, "float32"),
+    "keras_hub": Settings(keras_hub_transformer, 2, 0.1, 64, 2e-3, "mixed_bfloat16"),
+}
