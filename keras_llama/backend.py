@@ -64,6 +64,11 @@ def assign(variable: Any, array: np.ndarray) -> None:
         variable.value[part].assign(np.array(array[part], variable.dtype, order="C"))
 
 
+def copy(source: Any, variable: Any) -> None:
+    """Assigns a Keras variable's value to another, in memory of its own: JAX would share it, and train it twice."""
+    assign(variable, keras.ops.convert_to_numpy(source.value))
+
+
 def set_memory_growth() -> None:
     """Lets GPU memory grow with need instead of taking all of it; call it before the first computation.
 

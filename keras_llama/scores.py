@@ -51,7 +51,7 @@ class TranslationScores(keras.callbacks.Callback):
         translate: list of sources -> list of translations.
         sources, references: as in `translation_scores`.
         every: epochs between two looks.
-        samples: translations to print.
+        samples: translations to print, with the scores; 0 prints nothing.
         tokenize: as in `translation_scores`.
 
     Raises:
@@ -86,6 +86,7 @@ class TranslationScores(keras.callbacks.Callback):
         for source, translation in list(zip(self.sources, translations, strict=True))[: self.samples]:
             print(f"\n  {source}  ->  {translation}", end="")
         scores = translation_scores(translations, self.references, self.tokenize)
-        print(f"\n  val_bleu: {scores['bleu']:.2f} - val_chrf: {scores['chrf']:.2f}")
+        if self.samples:
+            print(f"\n  val_bleu: {scores['bleu']:.2f} - val_chrf: {scores['chrf']:.2f}")
         if logs is not None:
             logs.update({f"val_{name}": value for name, value in scores.items()})

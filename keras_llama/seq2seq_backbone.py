@@ -7,6 +7,7 @@ import dataclasses
 
 import keras
 
+from keras_llama import backend
 from keras_llama.backbone import LlamaBackbone, Stack, check_cache
 from keras_llama.config import LlamaSeq2SeqConfig, invalid
 from keras_llama.layers import LlamaMemoryMask, no_random_weights, register
@@ -136,7 +137,7 @@ class LlamaSeq2SeqBackbone(keras.Model):
         sources = {variable.path: variable for variable in decoder.weights}
         for variable in backbone.weights:
             path = variable.path.removeprefix("encoder_").replace("cross_attention", "attention")
-            variable.assign(sources[path])
+            backend.copy(sources[path], variable)
         return backbone
 
     @classmethod

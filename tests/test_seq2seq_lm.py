@@ -242,6 +242,7 @@ def test_text_that_the_vocabulary_has_never_seen(trained):
     assert all(isinstance(text, str) for text in trained.generate(["नमस्ते", "😀"], num_beams=2))
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch's, inside `fit`
 def test_a_long_pair_is_cut_with_a_counted_warning(tokenizer):
     model = make(tokenizer, sequence_length=8)
     model.compile()

@@ -72,6 +72,7 @@ def test_trains_scores_translates_and_exports(pairs, tmp_path, capsys, monkeypat
 def test_a_decoder_alone_is_fine_tuned(pairs, chat_lm, tmp_path, capsys):
     chat_lm.save_to_preset(tmp_path / "preset")
     flags = ["--data", pairs, "--limit", 24, "--epochs", 1, *FAST, "--preset", tmp_path / "preset"]
+    flags += ["--sequence-length", 64]
     for architecture, kind in (
         ("decoder", keras_llama.LlamaCausalLM),
         ("encoder-decoder", keras_llama.LlamaSeq2SeqLM),

@@ -98,7 +98,7 @@ class LlamaSeq2SeqLM(Task):
         heads = {variable.path: variable for variable in decoder.weights}
         for variable in task.weights:
             if variable.path.startswith(cls.head):
-                variable.assign(heads[variable.path])
+                backend.copy(heads[variable.path], variable)
         return task
 
     @classmethod
@@ -274,7 +274,7 @@ class LlamaSeq2SeqLM(Task):
         """How much each token of the target looks at each token of the source, in cross-attention.
 
         Args:
-            source, target: strings.
+            source, target: strings; what is longer than `sequence_length` is cut.
 
         Returns:
             The source's tokens, the target's tokens without its start, and the weights float32 (layers, N, T, S): row t
@@ -285,7 +285,7 @@ class LlamaSeq2SeqLM(Task):
         """
         if self.preprocessor is None:
             raise invalid("`alignment` needs a preprocessor.", preprocessor=None)
-        ids = self.encode({"source": [source], "target": [target]})
+        ids = self.encode({"source": [source], "target": [target]}, cut=Counter())
         sources, targets = (ids[f"{side}token_ids"][0] for side in self.sides)
         mask = np.ones((1, len(sources)), "int32")
         memory = self.backbone.encode(sources[None], mask)
