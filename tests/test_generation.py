@@ -44,6 +44,15 @@ def test_ids_are_those_of_transformers(models, stops, beams):
         assert min(map(len, expected)) < 20  # a stop token was met
 
 
+@pytest.mark.parametrize("length_penalty", [0.0, 3.0])
+def test_a_length_penalty_is_transformers(models, length_penalty):
+    reference_model, lm = models
+    stops = [7, 9, 11, 44]
+    options = {"num_beams": 4, "length_penalty": length_penalty}
+    expected = theirs(reference_model, PROMPTS, 20, eos_token_id=stops, **options)
+    assert ours(lm, PROMPTS, 20, stop_token_ids=stops, **options) == expected
+
+
 def test_a_prompt_alone_is_as_in_a_batch(models):
     _, lm = models
     together = ours(lm, PROMPTS, 12)
