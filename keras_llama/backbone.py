@@ -5,7 +5,7 @@ import dataclasses
 import keras
 
 from keras_llama.config import LlamaConfig, invalid
-from keras_llama.layers import LlamaBlock, LlamaPositions, normal_initializer, register
+from keras_llama.layers import LlamaBlock, LlamaPositions, embedding_initializer, register
 
 
 class Stack:
@@ -27,7 +27,7 @@ class Stack:
             config.vocabulary_size,
             config.hidden_dim,
             tie_weights=True,  # an untied head belongs to the task that has one
-            embeddings_initializer=normal_initializer(),
+            embeddings_initializer=embedding_initializer(config.hidden_dim, config.tie_word_embeddings),
             dtype=dtype,
             name=f"{prefix}token_embedding",
         )
@@ -51,6 +51,7 @@ class Stack:
                 mlp_bias=config.mlp_bias,
                 dropout=config.dropout,
                 cross_attention=cross_attention,
+                output_scale=(2 * config.num_layers) ** -0.5,  # GPT-2's: the stream starts no larger than its parts
                 dtype=dtype,
                 name=f"{prefix}block_{i}",
             )

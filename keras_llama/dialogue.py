@@ -67,7 +67,8 @@ def encode(rows: list[dict[str, Any]], preprocessor: Any, cut: Counter | None = 
     """Rows of `dialogues` -> `token_ids` and `trained`, int32 (T_i,) each: 1 for what the assistant says.
 
     The token that ends the assistant's turn is trained too, so that the model learns to stop. Rows
-    are cut at the end to `sequence_length`, with a warning, or counted into `cut`.
+    are cut at the end to `sequence_length`, with a warning, or counted into `cut`; a `ValueError` names a row of
+    whose responses nothing is left.
     """
     pairs = [
         _encode_pair(row, preprocessor) if "prompt" in row else _encode_messages(row["messages"], preprocessor)
@@ -75,6 +76,13 @@ def encode(rows: list[dict[str, Any]], preprocessor: Any, cut: Counter | None = 
     ]
     kept = preprocessor.cut([ids for ids, _ in pairs], cut)
     trained = [mask[: len(ids)] for ids, (_, mask) in zip(kept, pairs, strict=True)]
+    for i, mask in enumerate(trained):
+        if not any(mask):
+            raise invalid(
+                f"Row {i} must have a token of a response among its first {preprocessor.sequence_length}.",
+                "Shorten what comes before, or raise the preprocessor's `sequence_length`.",
+                tokens=len(pairs[i][0]),
+            )
     return {"token_ids": kept, "trained": [np.array(mask, "int32") for mask in trained]}
 
 

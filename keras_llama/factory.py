@@ -11,7 +11,7 @@ from keras_llama.backbone import LlamaBackbone
 from keras_llama.config import invalid
 from keras_llama.config import size as named_size
 from keras_llama.heads.text_classifier import Pooling
-from keras_llama.layers import normal_initializer, register
+from keras_llama.layers import kernel_initializer, register
 from keras_llama.seq2seq_backbone import INPUTS, LlamaSeq2SeqBackbone
 
 TASKS = ("language_model", "classification", "regression", "translation")
@@ -158,7 +158,7 @@ def create_llama_model(
         inputs, x = _graph(task, vocabulary_size, sequence_length, size, dropout, pooling, dtype)
     activation = None if task == "regression" else "softmax"
     head = keras.layers.Dense(
-        outputs, activation=activation, kernel_initializer=normal_initializer(), dtype="float32", name="output"
+        outputs, activation=activation, kernel_initializer=kernel_initializer(), dtype="float32", name="output"
     )
     return LlamaModel(inputs, head(x), name=f"llama_{task}")
 

@@ -35,13 +35,12 @@ class TokenCrossentropy(keras.losses.Loss):
         self.label_smoothing = label_smoothing
 
     def call(self, y_true, y_pred):
-        entropy = keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
         if not self.label_smoothing:
-            return entropy
-        # (1 - e) (z - l_y) + e (z - mean l) with z = logsumexp l, which `entropy` + l_y is already.
-        ids = ops.expand_dims(ops.cast(y_true, "int32"), -1)
-        chosen = ops.squeeze(ops.take_along_axis(y_pred, ids, axis=-1), -1)
-        return entropy + self.label_smoothing * (chosen - ops.mean(y_pred, axis=-1))
+            return keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+        targets = ops.one_hot(y_true, y_pred.shape[-1], dtype=y_pred.dtype)
+        return keras.losses.categorical_crossentropy(
+            targets, y_pred, from_logits=True, label_smoothing=self.label_smoothing
+        )
 
     def get_config(self):
         return {"label_smoothing": self.label_smoothing, "name": self.name}

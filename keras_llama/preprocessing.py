@@ -86,7 +86,12 @@ class TextPreprocessor:
         """
         add_eos = self.add_eos if add_eos is None else add_eos
         rows = self.tokenizer.encode(texts, add_bos=self.add_bos, add_eos=add_eos)
-        return self.cut(rows, cut, tail=[self.tokenizer.eos_id] if add_eos else [])
+        return self.cut(rows, cut, self.end if add_eos else [])
+
+    @property
+    def end(self) -> list[int]:
+        """What ends a text that has an end: the vocabulary's token, or nothing where it has none."""
+        return [self.tokenizer.eos_id] if self.tokenizer.eos_id >= 0 else []
 
     def cut(self, rows: Sequence[list[int]], cut: Counter | None = None, tail: Sequence[int] = ()) -> list[np.ndarray]:
         """Rows of token ids, int32 (T_i,), those over `sequence_length` cut so that they still end in `tail`."""

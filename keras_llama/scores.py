@@ -19,16 +19,13 @@ def translation_scores(
         tokenize: how sacrebleu cuts words: "zh" for Chinese, "13a" for most other languages.
 
     Raises:
-        ValueError: if there is not a reference for each translation.
+        ValueError: if there is not a reference for each translation, or sacrebleu does not know `tokenize`.
 
     >>> scores = translation_scores(["我喜欢喝茶。"], [["我喜欢喝茶。", "我爱喝茶。"]])
     >>> round(scores["bleu"]), round(scores["chrf"])
     (100, 100)
     """
-    try:
-        import sacrebleu
-    except ImportError as error:
-        raise ImportError("BLEU and chrF need sacrebleu: pip install sacrebleu") from error
+    sacrebleu = _sacrebleu(tokenize)
     rows = [[row] if isinstance(row, str) else list(row) for row in references]
     if len(rows) != len(translations) or not rows or not all(rows):
         raise invalid(
@@ -40,6 +37,17 @@ def translation_scores(
     columns: list[Any] = [[row[i] if i < len(row) else None for row in rows] for i in range(most)]
     bleu = sacrebleu.corpus_bleu(list(translations), columns, tokenize=tokenize)
     return {"bleu": bleu.score, "chrf": sacrebleu.corpus_chrf(list(translations), columns).score}
+
+
+def _sacrebleu(tokenize):
+    try:
+        import sacrebleu
+    except ImportError as error:
+        raise ImportError("BLEU and chrF need sacrebleu: pip install sacrebleu") from error
+    known = sacrebleu.BLEU.TOKENIZERS
+    if tokenize not in known:
+        raise invalid(f"`tokenize` must be one of {sorted(known)}.", tokenize=tokenize)
+    return sacrebleu
 
 
 class TranslationScores(keras.callbacks.Callback):
@@ -55,7 +63,7 @@ class TranslationScores(keras.callbacks.Callback):
         tokenize: as in `translation_scores`.
 
     Raises:
-        ValueError: if `every` is below 1.
+        ValueError: if `every` is below 1, or sacrebleu does not know `tokenize`.
 
     >>> scores = TranslationScores(lambda sources: ["你好"] * len(sources), ["Hello"], ["你好"], samples=0)
     >>> logs = {}
@@ -76,6 +84,7 @@ class TranslationScores(keras.callbacks.Callback):
         super().__init__()
         if every < 1:
             raise invalid("`every` must be at least 1.", every=every)
+        _sacrebleu(tokenize)
         self.translate, self.sources, self.references = translate, list(sources), list(references)
         self.every, self.samples, self.tokenize = every, samples, tokenize
 

@@ -21,6 +21,8 @@ from keras_llama.tokenizer_files import JSON, MODEL
 
 _SPECIALS: dict[str, Any] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}  # LLaMA's first three, and padding
 _NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+_IDEOGRAPH = "[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+_BESIDE_IDEOGRAPH = re.compile(f"(?<={_IDEOGRAPH})(?=.)|(?<=.)(?={_IDEOGRAPH})", re.DOTALL)
 _GUARD = "\ue000"  # of the private use area: breaks up a control token that stands in a user's words
 
 
@@ -433,7 +435,11 @@ class SentencePieceTokenizer(Tokenizer):
 
     @classmethod
     def train(
-        cls, texts: Iterable[str], vocabulary_size: int = 8_000, character_coverage: float = 0.9995
+        cls,
+        texts: Iterable[str],
+        vocabulary_size: int = 8_000,
+        character_coverage: float = 0.9995,
+        split_ideographs: bool = False,
     ) -> "SentencePieceTokenizer":
         """Learns a byte-pair vocabulary of at most `vocabulary_size` pieces from `texts`.
 
@@ -442,6 +448,7 @@ class SentencePieceTokenizer(Tokenizer):
             vocabulary_size: number of ids, 256 bytes and 4 special ones included.
             character_coverage: share of the characters in `texts` to hold as pieces of their own;
                 the rest is spelled in bytes.
+            split_ideographs: whether Chinese characters stay apart, and leave the vocabulary's room to other words.
 
         Raises:
             ValueError: if there is no text, or `vocabulary_size` cannot hold bytes and characters.
@@ -461,10 +468,15 @@ class SentencePieceTokenizer(Tokenizer):
                 "256 bytes, 4 special tokens and one character.",
                 vocabulary_size=vocabulary_size,
             )
+        border = ""
+        if split_ideographs:  # no piece is learned across a border, and none is left in the vocabulary
+            border = next(c for c in map(chr, range(0xE000, 0xF900)) if not any(c in text for text in texts))
+            texts = [_BESIDE_IDEOGRAPH.sub(border, text) for text in texts]
         written = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
                 sentence_iterator=iter(texts),
+                pretokenization_delimiter=border,
                 model_writer=written,
                 model_type="bpe",
                 vocab_size=vocabulary_size,

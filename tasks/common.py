@@ -36,7 +36,7 @@ def parser(task: str, description: str, **defaults: Any) -> argparse.ArgumentPar
     """The flags that every recipe takes."""
     flags = argparse.ArgumentParser(prog=f"python -m tasks.{task}", description=description)
     flags.add_argument("--data", help="training data; see the formats in docs/tasks.md")
-    flags.add_argument("--test-data", help="test data; without it, 20%% of the data by distinct text")
+    flags.add_argument("--test-data", help="test data; without it, a share of the data by distinct text")
     flags.add_argument("--preset", help="start from a saved .keras model or a checkpoint instead of from scratch")
     flags.add_argument("--size", help="size of the blocks, 0.3m ... 1b, tiny, small, base")
     flags.add_argument("--epochs", type=positive)
@@ -187,6 +187,19 @@ def from_preset(args: argparse.Namespace, cls: Any, **options: Any) -> Any:
     return model
 
 
+def can_export(model: Any) -> bool:
+    """Whether a SavedModel of strings can be written here; prints what is missing."""
+    import keras
+
+    if keras.config.backend() != "tensorflow":
+        print("A SavedModel is written with KERAS_BACKEND=tensorflow; exporting one from here comes later.")
+    elif model.preprocessor.tokenizer.proto is None:
+        print("A SavedModel needs a tokenizer with a SentencePiece model; one with byte-pair encoding comes later.")
+    else:
+        return True
+    return False
+
+
 def deliver_classifier(model: Any, output: pathlib.Path, sentences: list[str]) -> None:
     """Saves, reloads, exports and serves the model, and raises if any of them answers otherwise."""
     import keras
@@ -196,11 +209,7 @@ def deliver_classifier(model: Any, output: pathlib.Path, sentences: list[str]) -
     if not np.array_equal(keras.saving.load_model(output / "model.keras").predict(sentences, verbose=0), logits):
         raise RuntimeError("The reloaded model answers otherwise.")
     print(f"{output / 'model.keras'}: reloaded, the same predictions")
-    if keras.config.backend() != "tensorflow":
-        print("A SavedModel is written on the TensorFlow backend; exporting one from here comes later.")
-        return
-    if model.preprocessor.tokenizer.proto is None:
-        print("A SavedModel needs a tokenizer with a SentencePiece model; one with byte-pair encoding comes later.")
+    if not can_export(model):
         return
     shutil.rmtree(output / "saved_model", ignore_errors=True)
     model.export(output / "saved_model")

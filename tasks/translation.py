@@ -78,8 +78,8 @@ def run(args, model, train_rows, validation, test_rows):
     if hasattr(model, "alignment"):
         source_tokens, target_tokens, weights = model.alignment(sources[0], beams[0] or truth[0][0])
         common.plot_alignment(output / "alignment.png", source_tokens, target_tokens, weights.mean((0, 1)))
-    translators.deliver(model, output, sources[:3], greedy[:3])
     common.write_report(args.report or output / "metrics.json", report)
+    translators.deliver(model, output, sources[:3])
     for row in report["samples"][:5]:
         print(f"{row['source']}  ->  {row['translation']}")
     print(
@@ -98,10 +98,10 @@ def interactive(model, args):
 
 
 def main(arguments=None):
-    flags = common.parser("translation", __doc__, size="tiny", epochs=20, batch_size=64, learning_rate=3e-3)
+    flags = common.parser("translation", __doc__, size="0.5m", epochs=20, batch_size=64, learning_rate=4e-3)
     flags.add_argument("--architecture", choices=translators.ARCHITECTURES, default=translators.ARCHITECTURES[0])
     flags.add_argument("--encoder-layers", type=common.positive, help="default: as many as the size says")
-    flags.add_argument("--vocabulary-size", type=common.positive, default=6000, help="of both languages together")
+    flags.add_argument("--vocabulary-size", type=common.positive, default=4000, help="of both languages together")
     flags.add_argument("--sequence-length", type=common.positive, default=64, help="tokens of a source and of a target")
     flags.add_argument("--dropout", type=common.share, default=0.1)
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.05)
@@ -118,6 +118,7 @@ def main(arguments=None):
 
         import keras_llama
 
+        keras_llama.translation_scores(["a"], ["a"], args.tokenize)  # refuses it now, not after an epoch
         common.prepare_output(args)
         keras_llama.set_memory_growth()
         keras.utils.set_random_seed(args.seed)

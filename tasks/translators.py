@@ -15,6 +15,14 @@ def references(rows):
     return found
 
 
+def joint_vocabulary(rows, vocabulary_size):
+    """One SentencePiece vocabulary of both languages; Chinese characters do not use up the room of words."""
+    import keras_llama
+
+    texts = [text for source, target, *_ in rows for text in (source, target)]
+    return keras_llama.SentencePieceTokenizer.train(texts, vocabulary_size, split_ideographs=True)
+
+
 def build(args, rows):
     """A model of --architecture over a joint vocabulary of both languages, or started from --preset."""
     import keras_llama
@@ -22,14 +30,13 @@ def build(args, rows):
     cls = keras_llama.LlamaSeq2SeqLM if args.architecture == ARCHITECTURES[0] else keras_llama.LlamaCausalLM
     if args.preset:
         return from_preset(args, cls)
-    texts = [text for source, target, *_ in rows for text in (source, target)]
-    tokenizer = keras_llama.SentencePieceTokenizer.train(texts, args.vocabulary_size)
-    preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length, add_eos=True)
-    options = {**keras_llama.size(args.size), "dropout": args.dropout, "tie_word_embeddings": True}
+    tokenizer = joint_vocabulary(rows, args.vocabulary_size)
+    length = args.sequence_length * (2 if cls is keras_llama.LlamaCausalLM else 1)  # source and target in one
+    preprocessor = keras_llama.TextPreprocessor(tokenizer, length, add_eos=True)
+    options = {**keras_llama.size(args.size), "dropout": args.dropout}
     options |= {"vocabulary_size": tokenizer.vocabulary_size, "dtype": args.precision}
     if cls is keras_llama.LlamaCausalLM:
-        options["context_length"] = args.sequence_length
-        return cls(keras_llama.LlamaBackbone(**options), preprocessor)
+        return cls(keras_llama.LlamaBackbone(**options, context_length=length), preprocessor)
     backbone = keras_llama.LlamaSeq2SeqBackbone(**options, num_encoder_layers=args.encoder_layers)
     return cls(backbone, preprocessor, label_smoothing=args.label_smoothing)
 
@@ -39,10 +46,15 @@ def from_preset(args, cls):
     import keras_llama
     from keras_llama.checkpoints.presets import open_checkpoint
 
+    if args.encoder_layers:
+        raise common.DataError("--encoder-layers is for a model from scratch; --preset has as many as it has.")
     decoder = keras_llama.LlamaCausalLM
+    if cls is decoder:
+        args.sequence_length *= 2  # source and target in one
     if cls is decoder or args.preset.endswith(".keras") or hasattr(open_checkpoint(args.preset).config, "encoder"):
         return common.from_preset(args, cls)
-    return cls.from_decoder(common.from_preset(args, decoder), dropout=args.dropout)
+    options = {"dropout": args.dropout, "label_smoothing": args.label_smoothing}
+    return cls.from_decoder(common.from_preset(args, decoder), **options)
 
 
 def fit_arguments(model, rows):
@@ -50,39 +62,43 @@ def fit_arguments(model, rows):
     sources, targets = ([row[i] for row in rows] for i in (0, 1))
     if "encoder_token_ids" in model.input:
         return sources, targets
-    return ([{"prompt": prompt(s), "response": t} for s, t in zip(sources, targets, strict=True)],)
+    return ([{"prompt": p, "response": t} for p, t in zip(prompts(model, sources), targets, strict=True)],)
 
 
-def prompt(source):
-    return f"{source}\n"
+def prompts(model, sources):
+    """What a decoder alone continues with the target: a source, cut to half of a text's length, and a line's end."""
+    tokenizer, room = model.preprocessor.tokenizer, model.preprocessor.sequence_length // 2 - 4
+    rows = tokenizer.encode(list(sources))
+    cut = tokenizer.decode([row[:room] for row in rows])
+    texts = (short if len(row) > room else text for text, short, row in zip(sources, cut, rows, strict=True))
+    return [f"{text}\n" for text in texts]
 
 
 def translate(model, sources, **options):
     """Translations by greedy decoding, or by beam search with `num_beams`."""
     if "encoder_token_ids" in model.input:
         return model.generate(list(sources), truncate=True, temperature=0, **options)
-    prompts = [prompt(source) for source in sources]
     room = model.preprocessor.sequence_length // 2
-    return model.generate(prompts, room, temperature=0, strip_prompt=True, **options)
+    return model.generate(prompts(model, sources), room, temperature=0, strip_prompt=True, **options)
 
 
-def deliver(model, output, sources, expected):
+def deliver(model, output, sources):
     """Saves the model, reloads it, and where it can, exports and serves it; raises if one answers otherwise."""
     import keras
 
+    expected = translate(model, sources)
     model.save(output / "model.keras")
     if translate(keras.saving.load_model(output / "model.keras"), sources) != expected:
         raise RuntimeError("The reloaded model answers otherwise.")
     print(f"{output / 'model.keras'}: reloaded, the same translations")
-    exported = output / "saved_model"
-    try:
-        shutil.rmtree(exported, ignore_errors=True)
-        if not hasattr(model, "alignment"):
-            raise ValueError("A SavedModel of a decoder alone comes later.")
-        model.export(exported)
-    except ValueError as error:
-        print(error)
+    if not hasattr(model, "alignment"):
+        print("A SavedModel of a decoder alone comes later.")
         return
+    if not common.can_export(model):
+        return
+    exported = output / "saved_model"
+    shutil.rmtree(exported, ignore_errors=True)
+    model.export(exported)
     if common.serve(exported, sources)["text"] != expected:
         raise RuntimeError("The exported model answers otherwise.")
     print(f"{exported}: served by a fresh process, the same translations")

@@ -97,7 +97,8 @@ def test_a_dtype_may_be_asked_for(tmp_path):
 
 def test_nothing_is_drawn_at_random_before_the_weights_come(tmp_path, monkeypatch):
     write(tmp_path)
-    monkeypatch.setattr(keras.initializers.RandomNormal, "__call__", lambda *_, **__: pytest.fail("drawn"))
+    for initializer in (keras.initializers.RandomNormal, keras.initializers.VarianceScaling):
+        monkeypatch.setattr(initializer, "__call__", lambda *_, **__: pytest.fail("drawn"))
     keras_llama.LlamaCausalLM.from_preset(tmp_path)
 
 

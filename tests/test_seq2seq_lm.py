@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import sacrebleu
 from keras import ops
 
 import keras_llama
@@ -73,10 +74,9 @@ def test_a_batch_gives_what_each_source_alone_gives(random):
     assert len(set(whole)) > 1
 
 
-def best_by_search(model, source, width, steps, length_penalty):
+def best_by_search(model, source, width, steps, length_penalty, ends):
     """Beam search without a cache and without batches, from its definition, on one source."""
     ids = model.preprocessor.encode([source])[0].tolist()
-    end = model.preprocessor.tokenizer.eos_id
     running, finished = [((model.start_id,), 0.0)], []
     for _ in range(steps):
         inputs = {"encoder_token_ids": [ids] * len(running), "decoder_token_ids": [list(b) for b, _ in running]}
@@ -89,17 +89,21 @@ def best_by_search(model, source, width, steps, length_penalty):
             for token in range(len(row))
         ]
         found = sorted(found, key=lambda pair: -pair[1])[: 2 * width]
-        finished += [(b, s) for b, s in found[:width] if b[-1] == end]
-        running = [(b, s) for b, s in found if b[-1] != end][:width]
+        finished += [(b, s) for b, s in found[:width] if b[-1] in ends]
+        running = [(b, s) for b, s in found if b[-1] not in ends][:width]
     return max([*finished, *running], key=lambda pair: pair[1] / (len(pair[0]) - 1) ** length_penalty)[0][1:]
 
 
-@pytest.mark.parametrize("length_penalty", [1.0, 0.3, 2.0])
-def test_beams_are_those_of_the_definition(random, length_penalty):
+def test_beams_are_those_of_the_definition(random):
     ids = random.preprocessor.encode(["what a film"])[0]
-    found = random.generate([ids.tolist()], 5, num_beams=3, length_penalty=length_penalty)
-    row = found["token_ids"][0][found["padding_mask"][0] > 0].tolist()
-    assert row == list(best_by_search(random, "what a film", 3, 5, length_penalty))
+    ends = list(range(0, 290, 5))  # so many that beams end at every length
+    lengths = set()
+    for penalty in (-1.0, 0.3, 1.0, 2.0):
+        found = random.generate([ids.tolist()], 5, num_beams=3, length_penalty=penalty, stop_token_ids=ends)
+        row = found["token_ids"][0][found["padding_mask"][0] > 0].tolist()
+        assert row == list(best_by_search(random, "what a film", 3, 5, penalty, ends))
+        lengths.add(len(row))
+    assert len(lengths) > 1
 
 
 def test_a_stream_joined_is_the_text(trained):
@@ -288,6 +292,7 @@ def test_refuses_bad_pairs(random, case):
         ("a", {"max_new_tokens": 0}, "`max_new_tokens` must be"),
         ("a", {"batch_size": 0}, "`batch_size` must be"),
         ([[5, 6]], {"stream": True}, "need sources that are strings"),
+        ([[5] * 41], {}, "at most sequence_length=40"),
     ],
 )
 def test_refuses_bad_settings(random, sources, options, message):
@@ -305,8 +310,14 @@ def test_refuses_bad_options(tokenizer):
 
 
 def test_scores_are_those_of_sacrebleu():
-    scores = keras_llama.translation_scores(["我喜欢茶", "你好"], [["我喜欢喝茶", "我爱茶"], "你好"])
-    assert 0 < scores["bleu"] < 100
+    translations, references = ["我喜欢茶，你呢？", "你好"], [["我喜欢喝茶", "我爱茶，你呢？"], "你好"]
+    scores = keras_llama.translation_scores(translations, references)
+    columns = [["我喜欢喝茶", "你好"], ["我爱茶，你呢？", None]]
+    assert scores["bleu"] == sacrebleu.corpus_bleu(translations, columns, tokenize="zh").score
+    assert scores["chrf"] == sacrebleu.corpus_chrf(translations, columns).score
+    assert scores["bleu"] != sacrebleu.corpus_bleu(translations, columns[:1], tokenize="zh").score
+    with pytest.raises(ValueError, match="`tokenize` must be one of"):
+        keras_llama.TranslationScores(list, ["a"], ["a"], tokenize="chinese")
     assert keras_llama.translation_scores(["你好吗？"], ["你好吗？"])["bleu"] == pytest.approx(100)
     with pytest.raises(ValueError, match="at least one text for each translation"):
         keras_llama.translation_scores(["a", "b"], ["a"])

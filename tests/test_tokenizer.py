@@ -46,6 +46,18 @@ def test_ids_lie_in_the_vocabulary_and_specials_are_distinct(tokenizer):
     assert len({tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, 0}) == 4
 
 
+def test_chinese_characters_may_stay_apart():
+    texts = ["我们说 good day 我们", "我们 day after day"] * 20
+    joined, apart = (keras_llama.SentencePieceTokenizer.train(texts, 300, split_ideographs=x) for x in (False, True))
+    together = [
+        any(len(t.token(i).strip("▁")) > 1 and t.token(i).strip("▁") in "我们说" for i in range(260, t.vocabulary_size))
+        for t in (joined, apart)
+    ]
+    assert together == [True, False]
+    assert "▁day" in {apart.token(i) for i in range(apart.vocabulary_size)}
+    assert apart.decode(apart.encode(texts)) == texts
+
+
 def test_training_is_reproducible_and_merges():
     texts = ["ab ab ab abc"] * 20
     first, second = (keras_llama.SentencePieceTokenizer.train(texts, 270) for _ in range(2))

@@ -83,6 +83,22 @@ def test_a_decoder_alone_is_fine_tuned(pairs, chat_lm, tmp_path, capsys):
         assert json.loads((output / "metrics.json").read_text())["architecture"] == architecture
 
 
+def test_a_decoder_from_scratch_cuts_what_is_too_long(pairs, tmp_path):
+    with pairs.open("a", encoding="utf-8") as file:
+        file.writelines(f"{'a red big dog and ' * 20}number {i}\t红的大狗\n" for i in range(12))
+    flags = ["--data", pairs, "--architecture", "decoder", "--epochs", 1, *FAST, "--output-dir", tmp_path / "out"]
+    run(*flags, "--sequence-length", 24)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"]["test"] == 11
+
+
+def test_options_of_a_start_from_a_decoder_are_used_or_refused(pairs, chat_lm, tmp_path, capsys):
+    chat_lm.save_to_preset(tmp_path / "preset")
+    flags = ["--data", pairs, "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out", *FAST]
+    assert "--encoder-layers is for a model from scratch" in refused(capsys, *flags, "--encoder-layers", 2)
+    run(*flags, "--limit", 24, "--epochs", 1, "--label-smoothing", 0.3, "--sequence-length", 64)
+    assert keras.saving.load_model(tmp_path / "out" / "model.keras").label_smoothing == 0.3
+
+
 def test_the_default_data_are_pairs_of_interface_text():
     rows = data.interface_rows()
     assert len(rows) > 3000
@@ -130,6 +146,7 @@ BAD_FLAGS = {
     "--label-smoothing": ("1", "must lie in [0, 1)"),
     "--architecture": ("encoder", "invalid choice"),
     "--preset": ("nothing.keras", "cannot be loaded"),
+    "--tokenize": ("chinese", "`tokenize` must be one of"),
 }
 
 

@@ -14,7 +14,7 @@ from keras_llama.backbone import LlamaBackbone
 from keras_llama.checkpoints import mapping
 from keras_llama.checkpoints.checkpoint import Checkpoint, Tensor
 from keras_llama.config import LlamaSeq2SeqConfig, invalid
-from keras_llama.layers import no_random_weights, normal_initializer
+from keras_llama.layers import kernel_initializer, no_random_weights
 from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
 
 
@@ -68,7 +68,7 @@ def load(model: Any, checkpoint: Checkpoint, fresh: Iterable[str] = ()) -> None:
             array = _read(checkpoint, name)
             backend.assign(variable, array.T if row.transposed else array)
         else:  # the head of a new task
-            variable.assign(normal_initializer()(variable.shape, variable.dtype))
+            variable.assign(kernel_initializer()(variable.shape, variable.dtype))
     _check_tied_head(model, checkpoint)
 
 

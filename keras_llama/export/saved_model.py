@@ -101,8 +101,9 @@ def _translator(task, tokenizer, max_new_tokens):
         prompts = tf.fill([rows, 1], tf.constant(task.start_id, tf.int32))
         context = (task.remember(ids, mask), mask)
         new = loop.greedy(prompts, longest, Settings().checked(), stops, context)
-        # What follows the stop token is 0; 0 and the stop tokens are written as nothing.
+        # What follows the stop token is 0; 0, the stop tokens and ids that no text has are written as nothing.
         written = tf.reduce_all(new[..., None] != tf.constant([0, *stops.tolist()]), axis=-1)
+        written &= new < tokenizer.vocab_size()
         return {"text": tokenizer.detokenize(tf.ragged.boolean_mask(new, written))}
 
     return generate

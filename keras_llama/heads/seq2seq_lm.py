@@ -72,12 +72,13 @@ class LlamaSeq2SeqLM(Task):
         self.label_smoothing = label_smoothing
 
     @classmethod
-    def from_decoder(cls, decoder, *, sequence_length=None, **options):
+    def from_decoder(cls, decoder, *, sequence_length=None, label_smoothing=0.0, **options):
         """An encoder-decoder started from a decoder-only language model: its weights twice, its head, its vocabulary.
 
         Args:
             decoder: a `LlamaCausalLM`.
             sequence_length: longest source and target to train on; that of the decoder's preprocessor unless given.
+            label_smoothing: of the default loss.
             **options: of `LlamaSeq2SeqBackbone.from_decoder`.
 
         Raises:
@@ -94,7 +95,7 @@ class LlamaSeq2SeqLM(Task):
             )
         generation = {"eos_token_id": sorted(decoder.stop_ids)}
         with no_random_weights():
-            task = cls(backbone, preprocessor, generation_config=generation)
+            task = cls(backbone, preprocessor, generation_config=generation, label_smoothing=label_smoothing)
         heads = {variable.path: variable for variable in decoder.weights}
         for variable in task.weights:
             if variable.path.startswith(cls.head):
@@ -171,17 +172,16 @@ class LlamaSeq2SeqLM(Task):
     def encode(self, x, argument="x", cut=None, predicting=False):
         tokenizer, text = self.preprocessor.tokenizer, self.preprocessor
         x, _ = self.join(x, None)
-        end = tokenizer.eos_id
-        targets = [[self.start_id, *row, *([end] if end >= 0 else [])] for row in tokenizer.encode(x["target"])]
+        targets = [[self.start_id, *row, *text.end] for row in tokenizer.encode(x["target"])]
         return {
             "encoder_token_ids": text.encode(x["source"], cut),
-            "decoder_token_ids": text.cut(targets, cut, tail=[end] if end >= 0 else []),
+            "decoder_token_ids": text.cut(targets, cut, text.end),
         }
 
     def sort_key(self, columns):
-        """Targets of one padded length together, within them sources of like length: logits cost the most."""
-        sources, targets = (np.array([len(row) for row in columns[f"{side}token_ids"]]) for side in self.sides)
-        return np.array([backend.bucket(int(n)) for n in targets]) + sources / (1 + sources.max())
+        """The length of the longer side, each measured by its mean: pads less than sorting by either side first."""
+        lengths = [np.array([len(row) for row in columns[f"{side}token_ids"]]) for side in self.sides]
+        return np.maximum(*(side / side.mean() for side in lengths))
 
     def finish_batch(self, inputs, y=None, sample_weight=None):
         """Teacher forcing: the decoder reads all tokens of the target but the last, and is to say all but the first."""
@@ -344,11 +344,14 @@ class LlamaSeq2SeqLM(Task):
 
     def _sources(self, sources, truncate):
         """Rows of token ids, and whether they came as strings."""
-        if self.preprocessor is None or are_ids(sources):
-            return self._id_rows(sources, "sources"), False
-        texts = check_texts([sources] if isinstance(sources, str) else sources, "sources")
-        text = self.preprocessor
-        rows = text.tokenizer.encode(texts, add_bos=text.add_bos, add_eos=text.add_eos)
+        text, strings = self.preprocessor, self.preprocessor is not None and not are_ids(sources)
+        if strings:
+            texts = check_texts([sources] if isinstance(sources, str) else sources, "sources")
+            rows = text.tokenizer.encode(texts, add_bos=text.add_bos, add_eos=text.add_eos)
+        else:
+            rows = self._id_rows(sources, "sources")
+        if text is None:
+            return rows, strings
         longest = max(map(len, rows))
         if longest > text.sequence_length and not truncate:
             raise invalid(
@@ -356,6 +359,5 @@ class LlamaSeq2SeqLM(Task):
                 "Pass truncate=True to cut them.",
                 tokens=longest,
             )
-        tail = [text.tokenizer.eos_id] if text.add_eos else []
-        kept = text.cut(rows, cut=Counter(), tail=tail)  # it was asked for: no warning
-        return [row.tolist() for row in kept], True
+        kept = text.cut(rows, Counter(), text.end if text.add_eos else [])  # it was asked for: no warning
+        return [row.tolist() for row in kept], strings

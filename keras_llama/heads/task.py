@@ -361,15 +361,19 @@ class Task(keras.Model):
         def inputs(chosen):
             return self._pad({name: [rows[i] for i in chosen] for name, rows in columns.items()}, longest)
 
-        longest = {side: max(map(len, columns[f"{side}token_ids"])) if one_length else None for side in self.sides}
+        longest = {side: max(map(len, columns[f"{side}token_ids"])) for side in self.sides} if one_length else None
         return inputs, self.sort_key(columns)
 
     def _pad(self, columns, lengths=None):
-        """Ragged columns -> arrays (B, T), those of each side as long as its `lengths` say, or the next bucket."""
+        """Ragged columns -> arrays (B, T), each side as long as `lengths` says, else as its longest row.
+
+        XLA would compile every length, so that it is given buckets.
+        """
         arrays: dict[str, np.ndarray] = {}
         for side in self.sides:
             own = {name.removeprefix(side): rows for name, rows in columns.items() if name.startswith(side)}
-            padded = self.preprocessor.pad(own, lengths and lengths[side])
+            length = lengths[side] if lengths else None if self.jit_compile else max(map(len, own["token_ids"]))
+            padded = self.preprocessor.pad(own, length)
             arrays |= {f"{side}{name}": array for name, array in padded.items()}
         return arrays
 

@@ -7,7 +7,7 @@ from keras import ops
 from keras_llama.checkpoints import hf
 from keras_llama.config import invalid
 from keras_llama.heads.task import Task
-from keras_llama.layers import normal_initializer, register
+from keras_llama.layers import kernel_initializer, register
 
 POOLINGS = ("last", "mean")
 PROBLEM_TYPES = ("single", "multi", "regression")
@@ -88,7 +88,7 @@ class LlamaTextClassifier(Task):
         )
         pooled = keras.layers.Dropout(dropout, dtype=policy, name="pooled_dropout")(pooled)
         logits = keras.layers.Dense(
-            num_classes, use_bias=False, kernel_initializer=normal_initializer(), dtype=policy, name="score"
+            num_classes, use_bias=False, kernel_initializer=kernel_initializer(), dtype=policy, name="score"
         )(pooled)
         logits = keras.layers.Activation("linear", dtype="float32", name="logits")(logits)
         super().__init__(backbone, preprocessor, logits, **kwargs)

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_llama.layers import normal_initializer
+from keras_llama.layers import kernel_initializer
 
 
 def add_head(backbone):
@@ -23,7 +23,7 @@ def add_head(backbone):
         to_logits = keras.layers.Dense(
             backbone.config.vocabulary_size,
             use_bias=False,
-            kernel_initializer=normal_initializer(),
+            kernel_initializer=kernel_initializer(),
             dtype=backbone.dtype_policy,
             name="lm_head",
         )
