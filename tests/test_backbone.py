@@ -39,6 +39,21 @@ def test_prefill_and_steps_equal_the_full_forward(make_backbone, rng, prefill, p
     assert np.abs(steps - full)[mask > 0].max() <= TOLERANCE
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_start_by_their_width(tied):
+    options = {"num_query_heads": 2, "num_key_value_heads": 2, "hidden_dim": 64, "intermediate_dim": 96}
+    backbone = keras_llama.LlamaBackbone(vocabulary_size=500, num_layers=8, tie_word_embeddings=tied, **options)
+    for weight in backbone.weights:
+        value, name = ops.convert_to_numpy(weight), weight.path.split("/")[-2]
+        if name in ("attention_output", "down"):
+            expected = (len(value) * 16) ** -0.5
+        elif name == "token_embedding":
+            expected = 64**-0.5 if tied else 1
+        else:
+            expected = 0 if value.ndim == 1 else len(value) ** -0.5
+        assert value.std() == pytest.approx(expected, rel=0.05), weight.path
+
+
 def test_cache_is_not_changed_in_place(make_backbone, rng):
     backbone = make_backbone()
     cache = kv_cache.make(backbone.config, 1, 4)

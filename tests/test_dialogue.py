@@ -1,5 +1,7 @@
 """Prompts and responses, and messages: only what the assistant says is trained."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import reference
@@ -109,6 +111,13 @@ def test_long_rows_are_cut_with_a_warning(chat_lm):
     with pytest.warns(UserWarning, match="1 of 1 texts are longer"):
         columns = chat_lm.encode([{"prompt": "what is", "response": " a good film" * 9}])
     assert [len(rows[0]) for rows in columns.values()] == [8, 8]
+
+
+def test_a_row_that_is_cut_before_its_response_is_named(chat_lm):
+    chat_lm.preprocessor.sequence_length = 8
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "what is a film " * 9, "response": "b"}]
+    with pytest.raises(ValueError, match="Row 1 must have a token of a response among its first 8"):
+        chat_lm.encode(rows, cut=Counter())
 
 
 @pytest.mark.parametrize(

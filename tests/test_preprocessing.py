@@ -44,6 +44,13 @@ def test_truncation_is_counted_and_warned_of(tokenizer):
     assert all(row[-1] == tokenizer.eos_id for row in rows)
 
 
+def test_a_vocabulary_without_an_end_adds_none_to_what_is_cut(tokenizer, monkeypatch):
+    monkeypatch.setattr(keras_llama.SentencePieceTokenizer, "eos_id", -1)
+    rows = keras_llama.TextPreprocessor(tokenizer, 5, add_eos=True).encode(["a good film " * 9], cut=Counter())
+    assert len(rows[0]) == 5
+    assert min(rows[0]) >= 0
+
+
 def test_nothing_is_warned_of_when_nothing_is_cut(preprocessor):
     with warnings.catch_warnings():
         warnings.simplefilter("error")

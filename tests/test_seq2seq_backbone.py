@@ -255,6 +255,12 @@ def test_refuses_bad_arguments(case):
         keras_llama.LlamaSeq2SeqBackbone(**{"vocabulary_size": 60, **TINY, **changes})
 
 
+def test_refuses_targets_that_do_not_belong_to_sources(make, inputs):
+    fewer = {name: value[:1] if name.startswith("decoder") else value for name, value in inputs.items()}
+    with pytest.raises(ValueError, match=r"as many targets as sources.*targets=1, sources=2"):
+        make()(fewer)
+
+
 def test_refuses_an_encoder_decoder_as_decoder_and_a_cache_that_does_not_fit(make, inputs):
     backbone = make()
     with pytest.raises(ValueError, match="decoder-only"):
