@@ -41,7 +41,7 @@ OWN = {
     "sequence_length": 64,
     "size": "0.5m",
     "encoder_layers": 3,
-    "dropout": 0.1,
+    "dropout": 0.05,
     "label_smoothing": LABEL_SMOOTHING,
     "precision": "mixed_bfloat16",
 }

@@ -195,5 +195,5 @@ class Settings:
 
 SETTINGS = {
     "lstm": Settings(lstm, 1, 0.2, 4e-3, "float32"),
-    "keras_hub": Settings(keras_hub_transformer, 2, 0.1, 2e-3, "mixed_bfloat16"),
+    "keras_hub": Settings(keras_hub_transformer, 2, 0.05, 2e-3, "mixed_bfloat16"),
 }

@@ -37,7 +37,7 @@ class TokenCrossentropy(keras.losses.Loss):
     def call(self, y_true, y_pred):
         if not self.label_smoothing:
             return keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
-        targets = ops.one_hot(y_true, y_pred.shape[-1], dtype=y_pred.dtype)
+        targets = ops.one_hot(ops.cast(y_true, "int32"), y_pred.shape[-1], dtype="float32")
         return keras.losses.categorical_crossentropy(
             targets, y_pred, from_logits=True, label_smoothing=self.label_smoothing
         )

@@ -72,14 +72,17 @@ def test_trains_scores_translates_and_exports(pairs, tmp_path, capsys, monkeypat
 def test_a_decoder_alone_is_fine_tuned(pairs, chat_lm, tmp_path, capsys):
     chat_lm.save_to_preset(tmp_path / "preset")
     flags = ["--data", pairs, "--limit", 24, "--epochs", 1, *FAST, "--preset", tmp_path / "preset"]
-    flags += ["--sequence-length", 64]
+    flags += ["--sequence-length", 64, "--label-smoothing", 0.3]
+    assert "--encoder-layers is for a model from scratch" in refused(capsys, *flags, "--encoder-layers", 2)
     for architecture, kind in (
         ("decoder", keras_llama.LlamaCausalLM),
         ("encoder-decoder", keras_llama.LlamaSeq2SeqLM),
     ):
         output = tmp_path / architecture
         run(*flags, "--architecture", architecture, "--output-dir", output)
-        assert isinstance(keras.saving.load_model(output / "model.keras"), kind)
+        model = keras.saving.load_model(output / "model.keras")
+        assert isinstance(model, kind)
+        assert getattr(model, "label_smoothing", 0.3) == 0.3
         assert json.loads((output / "metrics.json").read_text())["architecture"] == architecture
 
 
@@ -89,14 +92,6 @@ def test_a_decoder_from_scratch_cuts_what_is_too_long(pairs, tmp_path):
     flags = ["--data", pairs, "--architecture", "decoder", "--epochs", 1, *FAST, "--output-dir", tmp_path / "out"]
     run(*flags, "--sequence-length", 24)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"]["test"] == 11
-
-
-def test_options_of_a_start_from_a_decoder_are_used_or_refused(pairs, chat_lm, tmp_path, capsys):
-    chat_lm.save_to_preset(tmp_path / "preset")
-    flags = ["--data", pairs, "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out", *FAST]
-    assert "--encoder-layers is for a model from scratch" in refused(capsys, *flags, "--encoder-layers", 2)
-    run(*flags, "--limit", 24, "--epochs", 1, "--label-smoothing", 0.3, "--sequence-length", 64)
-    assert keras.saving.load_model(tmp_path / "out" / "model.keras").label_smoothing == 0.3
 
 
 def test_the_default_data_are_pairs_of_interface_text():
