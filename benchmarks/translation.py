@@ -5,7 +5,7 @@
 One split by distinct source (1,500 test, 500 validation sentences), one joint vocabulary, the same batches, optimiser
 and label smoothing, equal parameters. Each
 model is trained by `model.fit` in a process of its own, with its learning rate warmed up and decayed over the minutes,
-tracing included; no early stopping. The test is translated once, at the end; choices were made on --part validation.
+tracing included; no early stopping. The test is translated once, at the end; how settings were chosen: RESULTS.md.
 Strict is the part of the test of which neither the source nor a reference stands in the training data, up to case and
 punctuation. Tokens per second are real target tokens, over the second half of the steps.
 """
@@ -33,7 +33,7 @@ from tasks import baselines, common, data, translators
 VOCABULARY_SIZE = 4_000
 MODELS = ("keras_llama", "lstm", "keras_hub", "nearest")
 BATCH_SIZE, LABEL_SMOOTHING = 64, 0.1
-# This project's settings, chosen on the validation part.
+# This project's settings.
 OWN = {
     "architecture": translators.ARCHITECTURES[0],
     "preset": None,
@@ -115,9 +115,8 @@ def peer(train, sources, minutes, name, parameters, seed):
         return settings.build(tokenizer.vocabulary_size, width, settings.depth, settings.dropout, tokenizer.pad_id)
 
     model = build(peers.fitting_width(build, parameters))
-    model.compile(
-        optimizer(), TokenCrossentropy(LABEL_SMOOTHING), jit_compile=False
-    )  # XLA was slower here, and compiles for each shape
+    # XLA was slower here, and compiles for each shape.
+    model.compile(optimizer(), TokenCrossentropy(LABEL_SMOOTHING), jit_compile=False)
     budget = Budget(settings.learning_rate, minutes)
     read, written = tokenizer.encode(english, add_eos=True), tokenizer.encode(chinese, add_bos=True, add_eos=True)
     batches = peers.dataset(read, written, BATCH_SIZE, tokenizer.pad_id, seed)
