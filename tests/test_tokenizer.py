@@ -54,7 +54,9 @@ def test_chinese_characters_may_stay_apart():
         for t in (joined, apart)
     ]
     assert together == [True, False]
-    assert "▁day" in {apart.token(i) for i in range(apart.vocabulary_size)}
+    pieces = {apart.token(i) for i in range(apart.vocabulary_size)}
+    assert "▁day" in pieces
+    assert not any("\ue000" in piece for piece in pieces)  # the border that the training texts were given
     assert apart.decode(apart.encode(texts)) == texts
 
 
