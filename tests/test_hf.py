@@ -132,7 +132,7 @@ def test_a_classifier_starts_on_a_language_model(tmp_path):
     ours = keras_llama.LlamaTextClassifier.from_preset(tmp_path, labels=["no", "yes"])
     score = ops.convert_to_numpy(ours.get_layer("score").kernel)
     assert score.shape == (32, 2)
-    assert 0 < score.std() < 0.1  # drawn, not left at zero
+    assert 0.5 < score.std() * 32**0.5 < 2  # drawn for 32 features, not left at zero
 
 
 @pytest.mark.parametrize("options", [{"pooling": "mean"}, {"causal": False}])
