@@ -14,7 +14,7 @@ import tensorflow as tf
 from keras import layers, ops
 
 from keras_llama import backend
-from keras_llama.preprocessing import Batches
+from keras_llama.preprocessing import Batches, longer_side
 
 LONGEST_TEXT = 64
 LONGEST_ANSWER = 40
@@ -37,7 +37,6 @@ def padded(rows: Rows, pad_id: int) -> np.ndarray:
 def dataset(sources: Rows, targets: Rows, batch_size: int, pad_id: int, seed: int):
     """Batches ((source (B, S), target input (B, T)), target (B, T), weights (B, T)), put together as the project's."""
     sources, targets = ([row[:LONGEST_TEXT] for row in rows] for rows in (sources, targets))
-    sides = [np.array([len(row) for row in rows]) for rows in (sources, targets)]
 
     def finish(pair, *_):
         source, target = pair
@@ -46,7 +45,7 @@ def dataset(sources: Rows, targets: Rows, batch_size: int, pad_id: int, seed: in
     return backend.stream(
         Batches(
             inputs=lambda chosen: tuple(padded([rows[i] for i in chosen], pad_id) for rows in (sources, targets)),
-            lengths=np.maximum(*(side / side.mean() for side in sides)),
+            lengths=longer_side(sources, targets),
             finish=finish,
             batch_size=batch_size,
             shuffle_seed=seed,
@@ -189,11 +188,14 @@ class Settings:
     build: Callable[..., keras.Model]
     depth: int
     dropout: float
-    learning_rate: float
+    label_smoothing: float
+    optimizer: dict[str, float]  # of AdamW
     dtype: str
 
 
 SETTINGS = {
-    "lstm": Settings(lstm, 1, 0.2, 4e-3, "float32"),
-    "keras_hub": Settings(keras_hub_transformer, 2, 0.05, 2e-3, "mixed_bfloat16"),
+    "lstm": Settings(lstm, 1, 0.2, 0.1, {"learning_rate": 4e-3, "beta_2": 0.98, "weight_decay": 0.05}, "float32"),
+    "keras_hub": Settings(
+        keras_hub_transformer, 2, 0.05, 0.0, {"learning_rate": 2e-3, "weight_decay": 0.01}, "mixed_bfloat16"
+    ),
 }

@@ -48,7 +48,7 @@ def positions(seen):
 
 
 def attend(query, key, value, mask):
-    """Scaled dot-product attention with grouped keys and values; the only caller of the fused kernel.
+    """Scaled dot-product attention with grouped keys and values; the only caller of the backend's fused kernel.
 
     softmax(query key^T / sqrt(H)) value (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762),
     the softmax in float32 whatever the dtype of the inputs.
@@ -61,21 +61,40 @@ def attend(query, key, value, mask):
     Returns:
         (B, T, N, H) in the dtype of `query`.
     """
-    if key.shape[2] == 1:  # Keras' TensorFlow kernel groups any number of key/value heads but one
+    recorded = _recorded.get()
+    if recorded is not None:
+        recorded.append(weights(ops.cast(query, "float32"), ops.cast(key, "float32"), mask))
+    if not backend.fuses_attention():
+        return ops.cast(_summed(weights(query, key, mask), value), query.dtype)
+    if key.shape[2] == 1:  # Keras' torch kernel groups any number of key/value heads but one
         key, value = (ops.repeat(x, query.shape[2], axis=2) for x in (key, value))
     dtype = backend.attention_dtype(keras.backend.standardize_dtype(query.dtype))
-    if (recorded := _recorded.get()) is not None:
-        recorded.append(weights(query, key, mask))
     heads = ops.dot_product_attention(*(ops.cast(x, dtype) for x in (query, key, value)), mask=ops.expand_dims(mask, 1))
     return ops.cast(heads, query.dtype)
 
 
 def weights(query, key, mask):
-    """softmax(query key^T / sqrt(H)), float32 (B, N, T, S): the slow twin of what `attend` weighs values with."""
-    key = ops.repeat(key, query.shape[2] // key.shape[2], axis=2)
-    query, key = ops.cast(query, "float32"), ops.cast(key, "float32")
-    scores = ops.einsum("btnh,bsnh->bnts", query, key) / query.shape[3] ** 0.5
-    return ops.softmax(ops.where(ops.expand_dims(mask, 1), scores, -1e30), axis=-1)
+    """softmax(query key^T / sqrt(H)), float32 (B, N, T, S): what `attend` weighs values with.
+
+    The queries of a group go through one product with their key, which is never repeated.
+    """
+    rows, length = ops.shape(query)[:2]
+    heads, groups, width = query.shape[2], key.shape[2], query.shape[3]
+    grouped = ops.reshape(query, (rows, length, groups, heads // groups, width))
+    grouped = ops.reshape(ops.transpose(grouped, (0, 2, 3, 1, 4)), (rows, groups, -1, width))  # (B, K, N/K * T, H)
+    scores = ops.cast(ops.matmul(grouped, ops.transpose(key, (0, 2, 3, 1))), "float32") * width**-0.5
+    scores = ops.reshape(scores, (rows, heads, length, -1))
+    # Keras' `softmax` warns of a text of one token: an axis of size 1.
+    return ops.exp(ops.log_softmax(ops.where(ops.expand_dims(mask, 1), scores, -1e30), axis=-1))
+
+
+def _summed(shares, value):
+    """Sums of values (B, S, K, H) by shares (B, N, T, S): (B, T, N, H) in the values' dtype."""
+    rows, heads, length = ops.shape(shares)[:3]
+    groups, width = value.shape[2:]
+    grouped = ops.reshape(ops.cast(shares, value.dtype), (rows, groups, heads // groups * length, -1))
+    summed = ops.matmul(grouped, ops.transpose(value, (0, 2, 1, 3)))  # (B, K, N/K * T, H)
+    return ops.transpose(ops.reshape(summed, (rows, heads, length, width)), (0, 2, 1, 3))
 
 
 _recorded: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorded", default=None)

@@ -92,8 +92,40 @@ def check_cache(cache, token_ids, padding_mask, index):
         )
 
 
+class Backbone(keras.Model):
+    """A functional model whose last part is `stack`: its configuration, its layers by name, and how it is saved."""
+
+    def __init__(self, inputs, hidden, *, config, stack, policy, name, trainable):
+        super().__init__(inputs=inputs, outputs=hidden, name=name, trainable=trainable)
+        self.dtype_policy = policy
+        self.config = config
+        self._stack = stack
+
+    @property
+    def token_embedding(self):
+        """The embedding layer of the tokens that come out; called with `reverse=True` it is the tied head."""
+        return self._stack.token_embedding
+
+    @property
+    def blocks(self):
+        """The `LlamaBlock`s that hidden states come out of, first to last; a decoder's, if there are two halves."""
+        return list(self._stack.blocks)
+
+    def get_config(self):
+        return {
+            **dataclasses.asdict(self.config),
+            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
+            "name": self.name,
+            "trainable": self.trainable,
+        }
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        return cls(**config)
+
+
 @register
-class LlamaBackbone(keras.Model):
+class LlamaBackbone(Backbone):
     """The LLaMA stack without a head: token ids and padding mask (B, T) -> hidden states (B, T, D).
 
     Args: those of `LlamaConfig`, which checks them, and
@@ -117,20 +149,7 @@ class LlamaBackbone(keras.Model):
         stack = Stack(checked, policy)
         inputs = {key: keras.Input((None,), dtype="int32", name=key) for key in ("token_ids", "padding_mask")}
         hidden, _ = stack.run(**inputs)
-        super().__init__(inputs=inputs, outputs=hidden, name=name, trainable=trainable)
-        self.dtype_policy = policy
-        self.config = checked
-        self._stack = stack
-
-    @property
-    def token_embedding(self):
-        """The embedding layer; called with `reverse=True` it is the tied language-model head."""
-        return self._stack.token_embedding
-
-    @property
-    def blocks(self):
-        """The `LlamaBlock`s, first to last."""
-        return list(self._stack.blocks)
+        super().__init__(inputs, hidden, config=checked, stack=stack, policy=policy, name=name, trainable=trainable)
 
     def decode(self, token_ids, padding_mask, cache=None, index=0):
         """Runs the blocks with or without a cache: a full forward, a prefill, or a step.
@@ -170,15 +189,3 @@ class LlamaBackbone(keras.Model):
         from keras_llama.checkpoints import loader, presets
 
         return loader.build_backbone(presets.open_checkpoint(preset), dtype, load_weights=True)
-
-    def get_config(self):
-        return {
-            **dataclasses.asdict(self.config),
-            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
-            "name": self.name,
-            "trainable": self.trainable,
-        }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)

@@ -158,6 +158,18 @@ def pad_rows(rows: Sequence[Sequence[int]], length: int | None = None) -> dict[s
     return {"token_ids": arrays[0], "padding_mask": arrays[1]}
 
 
+def longer_side(*sides: Sequence[Sequence[int]]) -> np.ndarray:
+    """A number per pair, by which to sort pairs of rows: the length of the longer side, each measured by its mean.
+
+    It pads less than sorting by either side first.
+
+    >>> longer_side([[5], [5, 6, 7]], [[8, 9], [8, 9]]).tolist()
+    [1.0, 1.5]
+    """
+    lengths = (np.array([len(row) for row in rows]) for rows in sides)
+    return np.max([side / side.mean() for side in lengths], axis=0)
+
+
 class _Epochs(keras.utils.PyDataset):
     """A `PyDataset` that counts the epochs read to their end; Keras also ends one after a first look at the data."""
 

@@ -8,7 +8,7 @@ import dataclasses
 import keras
 
 from keras_llama import backend
-from keras_llama.backbone import LlamaBackbone, Stack, check_cache
+from keras_llama.backbone import Backbone, LlamaBackbone, Stack, check_cache
 from keras_llama.config import LlamaSeq2SeqConfig, invalid
 from keras_llama.layers import LlamaMemoryMask, no_random_weights, register
 
@@ -16,7 +16,7 @@ INPUTS = ("encoder_token_ids", "encoder_padding_mask", "decoder_token_ids", "dec
 
 
 @register
-class LlamaSeq2SeqBackbone(keras.Model):
+class LlamaSeq2SeqBackbone(Backbone):
     """A bidirectional LLaMA encoder and a causal LLaMA decoder that attends to it -> hidden states (B, T, D).
 
     A block of the decoder is a `LlamaBlock` with cross-attention between self-attention and SwiGLU.
@@ -51,25 +51,13 @@ class LlamaSeq2SeqBackbone(keras.Model):
         encoded, _ = encoder.run(source, source_mask)
         mask = memory_mask(target, target_mask, source_mask)
         hidden, _ = decoder.run(target, target_mask, memory=encoded, memory_mask=mask)
-        super().__init__(inputs=inputs, outputs=hidden, name=name, trainable=trainable)
-        self.dtype_policy = policy
-        self.config = checked
-        self._encoder, self._decoder, self._memory_mask = encoder, decoder, memory_mask
-
-    @property
-    def token_embedding(self):
-        """The decoder's embedding layer; called with `reverse=True` it is the tied language-model head."""
-        return self._decoder.token_embedding
+        super().__init__(inputs, hidden, config=checked, stack=decoder, policy=policy, name=name, trainable=trainable)
+        self._encoder, self._memory_mask = encoder, memory_mask
 
     @property
     def encoder_blocks(self):
         """The encoder's `LlamaBlock`s, first to last."""
         return list(self._encoder.blocks)
-
-    @property
-    def blocks(self):
-        """The decoder's `LlamaBlock`s, first to last."""
-        return list(self._decoder.blocks)
 
     def encode(self, token_ids, padding_mask):
         """The encoder's output (B, S, D), after its final norm, for a source int (B, S) and its padding mask."""
@@ -103,7 +91,7 @@ class LlamaSeq2SeqBackbone(keras.Model):
         if cache is not None:
             check_cache(cache, token_ids, padding_mask, index)
         mask = self._memory_mask(token_ids, padding_mask, memory_padding_mask, index=index)
-        return self._decoder.run(token_ids, padding_mask, cache, index, memory, mask)
+        return self._stack.run(token_ids, padding_mask, cache, index, memory, mask)
 
     @classmethod
     def from_decoder(cls, decoder, *, share_embeddings=True, dropout=None, dtype=None):
@@ -154,15 +142,3 @@ class LlamaSeq2SeqBackbone(keras.Model):
         from keras_llama.checkpoints import loader, presets
 
         return loader.build_backbone(presets.open_checkpoint(preset), dtype, load_weights=True, cls=cls)
-
-    def get_config(self):
-        return {
-            **dataclasses.asdict(self.config),
-            "dtype": keras.dtype_policies.serialize(self.dtype_policy),
-            "name": self.name,
-            "trainable": self.trainable,
-        }
-
-    @classmethod
-    def from_config(cls, config, custom_objects=None):
-        return cls(**config)

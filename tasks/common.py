@@ -1,6 +1,7 @@
 """What the recipes share: flags, splits, the optimiser, the report, plots, and serving an export."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -75,6 +76,11 @@ def share(text: str) -> float:
     return _number(text, 0 <= float(text) < 1, "must lie in [0, 1)")
 
 
+def exponent(text: str) -> float:
+    """A number that `length_penalty` may be, for argparse."""
+    return _number(text, -9 < float(text) < 9, "must lie in (-9, 9)")
+
+
 def _number(text: str, good: bool, expected: str) -> float:
     if not good:
         raise argparse.ArgumentTypeError(f"{expected}, received {text}")
@@ -143,11 +149,15 @@ def plot_alignment(path: str | os.PathLike, source: list[str], target: list[str]
     matplotlib.use("Agg")
     from matplotlib import font_manager, pyplot
 
+    listed = {font.fname for font in font_manager.fontManager.ttflist}
+    for file in sorted(set(font_manager.findSystemFonts()) - listed):  # installed after matplotlib made its list
+        with contextlib.suppress(Exception):  # of some formats matplotlib can read none
+            font_manager.fontManager.addfont(file)
     fonts = {font.name for font in font_manager.fontManager.ttflist}
     font = next((name for name in CHINESE_FONTS if name in fonts), None)
     if font is None:  # a box says less than a number
         source, target = ([text.encode("unicode_escape").decode() for text in side] for side in (source, target))
-    with matplotlib.rc_context({"font.family": [font or "DejaVu Sans"]}):
+    with matplotlib.rc_context({"font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"]}):
         figure, frame = pyplot.subplots(figsize=(1.5 + 0.5 * len(source), 1.5 + 0.4 * len(target)))
         frame.imshow(weights, cmap="Greys", vmin=0, vmax=1, aspect="auto")
         frame.set_xticks(range(len(source)), source, rotation=90)

@@ -59,7 +59,7 @@ def run(args, model, train_rows, validation, test_rows):
     sources, truth = list(test), list(test.values())
     floor = translation_scores(baselines.nearest_translations(train_rows, sources), truth, args.tokenize)
     greedy = translate(model, sources)
-    beams = greedy if args.num_beams == 1 else translate(model, sources, num_beams=args.num_beams)
+    beams = greedy if args.num_beams == 1 else translate(model, sources, **search(args))
     report = {
         "task": "translation",
         "architecture": args.architecture,
@@ -90,11 +90,16 @@ def run(args, model, train_rows, validation, test_rows):
         print("These 3,000 interface texts show every part at work; they make no translator. See --data.")
 
 
+def search(args):
+    """What `generate` is told of beams; with one it is greedy."""
+    return {"num_beams": args.num_beams, "length_penalty": args.length_penalty}
+
+
 def interactive(model, args):
     """Reads lines and translates them, until the input ends."""
     for line in sys.stdin:
         if line.strip():
-            print(translate(model, [line.strip()], num_beams=args.num_beams)[0], flush=True)
+            print(translate(model, [line.strip()], **search(args))[0], flush=True)
 
 
 def main(arguments=None):
@@ -103,10 +108,11 @@ def main(arguments=None):
     flags.add_argument("--encoder-layers", type=common.positive, help="default: as many as the size says")
     flags.add_argument("--vocabulary-size", type=common.positive, default=4000, help="of both languages together")
     flags.add_argument("--sequence-length", type=common.positive, default=64, help="tokens of a source and of a target")
-    flags.add_argument("--dropout", type=common.share, default=0.05)
+    flags.add_argument("--dropout", type=common.share, default=0.1)
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.05)
     flags.add_argument("--label-smoothing", type=common.share, default=0.1, help="encoder-decoder only")
     flags.add_argument("--num-beams", type=common.positive, default=4, help="of the test and of --interactive")
+    flags.add_argument("--length-penalty", type=common.exponent, default=1.5, help="of beam search; larger is longer")
     flags.add_argument("--show", type=common.positive, default=200, help="validation pairs to translate as it trains")
     flags.add_argument("--tokenize", default="zh", help="how sacrebleu cuts words of the target: zh, 13a, ...")
     flags.add_argument("--interactive", action="store_true", help="translate lines of the input; with --preset at once")

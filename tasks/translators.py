@@ -31,11 +31,13 @@ def build(args, rows):
     if args.preset:
         return from_preset(args, cls)
     tokenizer = joint_vocabulary(rows, args.vocabulary_size)
-    length = args.sequence_length * (2 if cls is keras_llama.LlamaCausalLM else 1)  # source and target in one
-    preprocessor = keras_llama.TextPreprocessor(tokenizer, length, add_eos=True)
+    alone = cls is keras_llama.LlamaCausalLM
+    length = args.sequence_length * (2 if alone else 1)  # source and target in one
+    # A source needs no token to begin with: nothing is predicted from it.
+    preprocessor = keras_llama.TextPreprocessor(tokenizer, length, add_bos=alone, add_eos=True)
     options = {**keras_llama.size(args.size), "dropout": args.dropout}
     options |= {"vocabulary_size": tokenizer.vocabulary_size, "dtype": args.precision}
-    if cls is keras_llama.LlamaCausalLM:
+    if alone:
         return cls(keras_llama.LlamaBackbone(**options, context_length=length), preprocessor)
     backbone = keras_llama.LlamaSeq2SeqBackbone(**options, num_encoder_layers=args.encoder_layers)
     return cls(backbone, preprocessor, label_smoothing=args.label_smoothing)

@@ -66,7 +66,7 @@ def test_trains_scores_translates_and_exports(pairs, tmp_path, capsys, monkeypat
         assert "KERAS_BACKEND=tensorflow" in printed
     monkeypatch.setattr("sys.stdin", io.StringIO("a red big dog\n\n"))
     run("--preset", output / "model.keras", "--interactive", "--output-dir", tmp_path / "other", *FAST)
-    assert capsys.readouterr().out.splitlines()[-1] == model.generate("a red big dog", num_beams=2)
+    assert capsys.readouterr().out.splitlines()[-1] == model.generate("a red big dog", num_beams=2, length_penalty=1.5)
 
 
 def test_a_decoder_alone_is_fine_tuned(pairs, chat_lm, tmp_path, capsys):
@@ -138,6 +138,7 @@ def test_refuses_bad_files_by_file_and_line(tmp_path, capsys, case):
 
 BAD_FLAGS = {
     "--num-beams": ("0", "at least 1"),
+    "--length-penalty": ("9", "must lie in (-9, 9)"),
     "--label-smoothing": ("1", "must lie in [0, 1)"),
     "--architecture": ("encoder", "invalid choice"),
     "--preset": ("nothing.keras", "cannot be loaded"),

@@ -1,1 +1,1 @@
-"""Task heads on a LLaMA backbone: one file each, on the base class of `task.py`."""
+"""Task heads on a LLaMA backbone: one file each, on `Task`, and what they share."""

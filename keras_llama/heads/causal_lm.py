@@ -13,16 +13,16 @@ from keras import ops
 from keras_llama import backend, dialogue
 from keras_llama.config import invalid
 from keras_llama.generation import TokenLoop
-from keras_llama.heads import completion, vocabulary
+from keras_llama.heads import completion
+from keras_llama.heads.inputs import are_ids
+from keras_llama.heads.language_model import LanguageModel
 from keras_llama.heads.plan import make_plan, stops
-from keras_llama.heads.task import Task, are_ids
 from keras_llama.layers import register
-from keras_llama.losses import TokenCrossentropy, token_metrics
 from keras_llama.preprocessing import check_texts, next_token_targets, pad_rows
 
 
 @register
-class LlamaCausalLM(Task):
+class LlamaCausalLM(LanguageModel):
     """The language model: texts or token ids (B, T) -> logits of each next token, float32 (B, T, V).
 
     `fit` and `evaluate` take texts or token ids alone: the targets are the inputs, one to the left.
@@ -51,46 +51,15 @@ class LlamaCausalLM(Task):
     (1, 7)
     """
 
-    head = "lm_head"
-
     def __init__(self, backbone, preprocessor=None, generation_config=None, **kwargs):
         if not backbone.config.causal:
             raise invalid("`backbone` must be causal.", "Build it with causal=True.", causal=False)
-        logits, to_logits = vocabulary.add_head(backbone)
-        super().__init__(backbone, preprocessor, logits, **kwargs)
-        self._to_logits = to_logits
-        self.generation_config = dict(generation_config or {})
-
-    @classmethod
-    def preset_options(cls, checkpoint, preprocessor):
-        return vocabulary.generation_options(checkpoint, preprocessor)
-
-    def fresh_weights(self, checkpoint):
-        return []  # a language model with a random head would be none
+        super().__init__(backbone, preprocessor, generation_config, **kwargs)
 
     def checkpoint_settings(self):
-        settings = vocabulary.generation_settings(super().checkpoint_settings(), self.generation_config, self.stop_ids)
-        settings["fields"] |= {"architectures": ["LlamaForCausalLM"]}
+        settings = super().checkpoint_settings()
+        settings["fields"]["architectures"] = ["LlamaForCausalLM"]
         return settings
-
-    @property
-    def stop_ids(self):
-        """Token ids that end a generated text: those of `generation_config`, else the tokenizer's end."""
-        return vocabulary.stop_ids(self.generation_config, self.preprocessor)
-
-    def default_loss(self):
-        return TokenCrossentropy()
-
-    def losses_by_name(self):
-        return {"sparse_categorical_crossentropy": TokenCrossentropy()}
-
-    def default_metrics(self):
-        return {"metrics": None, "weighted_metrics": token_metrics()}
-
-    def check_targets(self, y, rows, training=False):
-        if y is not None:
-            raise invalid("`y` must be None: a language model's targets are its inputs.", y=type(y))
-        return
 
     def encode(self, x, argument="x", cut=None, predicting=False):
         rows = dialogue.dialogues(x, argument)
@@ -254,9 +223,6 @@ class LlamaCausalLM(Task):
             token = self.preprocessor.tokenizer.token
             answers = [{"tokens": [token(i) for i in answer["token_ids"]], **answer} for answer in answers]
         return answers[0] if isinstance(texts, str) else answers
-
-    def get_config(self):
-        return {**super().get_config(), "generation_config": self.generation_config}
 
     @functools.cached_property
     def _loop(self):

@@ -14,19 +14,20 @@ from keras_llama import backend
 from keras_llama.attention import record
 from keras_llama.config import invalid
 from keras_llama.generation import TokenLoop
-from keras_llama.heads import completion, vocabulary
+from keras_llama.heads import completion
+from keras_llama.heads.inputs import are_ids, is_token_ids
+from keras_llama.heads.language_model import LanguageModel
 from keras_llama.heads.plan import make_plan, stops
-from keras_llama.heads.task import Task, are_ids, is_token_ids
 from keras_llama.layers import no_random_weights, register
-from keras_llama.losses import TokenCrossentropy, token_metrics
-from keras_llama.preprocessing import check_texts, next_token_targets, pad_rows
+from keras_llama.losses import TokenCrossentropy
+from keras_llama.preprocessing import check_texts, longer_side, next_token_targets, pad_rows
 from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
 
 _TEXTS = ("source", "target")
 
 
 @register
-class LlamaSeq2SeqLM(Task):
+class LlamaSeq2SeqLM(LanguageModel):
     """The encoder-decoder: sources and targets -> logits of each next target token, float32 (B, T, V).
 
     `fit(sources, targets)` takes two lists of strings, or token ids as the backbone takes them, the target's
@@ -53,7 +54,6 @@ class LlamaSeq2SeqLM(Task):
     '好日子'
     """
 
-    head = "lm_head"
     backbone_class = LlamaSeq2SeqBackbone
     sides = ("encoder_", "decoder_")
 
@@ -65,10 +65,7 @@ class LlamaSeq2SeqLM(Task):
                 backbone=type(backbone).__name__,
             )
         TokenCrossentropy(label_smoothing)  # checks it
-        logits, to_logits = vocabulary.add_head(backbone)
-        super().__init__(backbone, preprocessor, logits, **kwargs)
-        self._to_logits = to_logits
-        self.generation_config = dict(generation_config or {})
+        super().__init__(backbone, preprocessor, generation_config, **kwargs)
         self.label_smoothing = label_smoothing
 
     @classmethod
@@ -105,21 +102,13 @@ class LlamaSeq2SeqLM(Task):
     @classmethod
     def preset_options(cls, checkpoint, preprocessor):
         smoothing = {name: checkpoint.options[name] for name in ("label_smoothing",) if name in checkpoint.options}
-        return {**vocabulary.generation_options(checkpoint, preprocessor), **smoothing}
-
-    def fresh_weights(self, checkpoint):
-        return []
+        return {**super().preset_options(checkpoint, preprocessor), **smoothing}
 
     def checkpoint_settings(self):
-        settings = vocabulary.generation_settings(super().checkpoint_settings(), self.generation_config, self.stop_ids)
-        settings["fields"] |= {"architectures": ["LlamaSeq2SeqLM"]}
+        settings = super().checkpoint_settings()
+        settings["fields"]["architectures"] = ["LlamaSeq2SeqLM"]
         settings["options"] = {"label_smoothing": self.label_smoothing}
         return {**settings, "differs": "encoder"}
-
-    @property
-    def stop_ids(self):
-        """Token ids that end a generated text: those of `generation_config`, else the tokenizer's end."""
-        return vocabulary.stop_ids(self.generation_config, self.preprocessor)
 
     @property
     def start_id(self):
@@ -138,12 +127,6 @@ class LlamaSeq2SeqLM(Task):
 
     def default_loss(self):
         return TokenCrossentropy(self.label_smoothing)
-
-    def losses_by_name(self):
-        return {"sparse_categorical_crossentropy": TokenCrossentropy()}
-
-    def default_metrics(self):
-        return {"metrics": None, "weighted_metrics": token_metrics()}
 
     def join(self, x, y):
         """Sources and targets as the two columns of one input; they come as two lists, or as such columns."""
@@ -164,11 +147,6 @@ class LlamaSeq2SeqLM(Task):
             raise invalid("There must be a target for each source.", sources=len(sources), targets=len(targets))
         return {"source": sources, "target": targets}, y
 
-    def check_targets(self, y, rows, training=False):
-        if y is not None:
-            raise invalid("`y` must be None where `x` holds the targets already.", y=type(y))
-        return
-
     def encode(self, x, argument="x", cut=None, predicting=False):
         tokenizer, text = self.preprocessor.tokenizer, self.preprocessor
         x, _ = self.join(x, None)
@@ -179,9 +157,7 @@ class LlamaSeq2SeqLM(Task):
         }
 
     def sort_key(self, columns):
-        """The length of the longer side, each measured by its mean: pads less than sorting by either side first."""
-        lengths = [np.array([len(row) for row in columns[f"{side}token_ids"]]) for side in self.sides]
-        return np.maximum(*(side / side.mean() for side in lengths))
+        return longer_side(*(columns[f"{side}token_ids"] for side in self.sides))
 
     def finish_batch(self, inputs, y=None, sample_weight=None):
         """Teacher forcing: the decoder reads all tokens of the target but the last, and is to say all but the first."""
@@ -318,8 +294,7 @@ class LlamaSeq2SeqLM(Task):
         return self.backbone.memory(self.backbone.encode(token_ids, padding_mask))
 
     def get_config(self):
-        own = {"generation_config": self.generation_config, "label_smoothing": self.label_smoothing}
-        return {**super().get_config(), **own}
+        return {**super().get_config(), "label_smoothing": self.label_smoothing}
 
     @functools.cached_property
     def token_loop(self):

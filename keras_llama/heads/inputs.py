@@ -1,0 +1,187 @@
+"""Inputs: from what users pass to `fit` to batches for the graph. Shapes: B batch, T tokens."""
+
+import functools
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_llama import backend
+from keras_llama.config import invalid
+from keras_llama.preprocessing import Batches, StreamedBatches, check_texts, pad_rows
+
+
+class Inputs:
+    """The half of a task that makes batches of texts or of token ids; it reads `preprocessor` and `backbone`.
+
+    A head overrides what differs:
+        `encode`: texts -> columns of rows, `token_ids` and what else belongs to each token,
+        `check_targets`: the targets of so many rows, checked and turned into an array,
+        `finish_batch`: (inputs, targets, weights) of a padded batch, completed,
+        `sides`, `join`, `sort_key`: for a graph of two texts, what they are called, how they come together,
+            and which rows make a batch of little padding.
+    """
+
+    preprocessor: Any
+    backbone: Any
+    jit_compile: bool
+    sides: tuple[str, ...] = ("",)  # what `token_ids` and `padding_mask` of each text are prefixed with
+
+    def join(self, x, y):
+        """Inputs and targets as `encode` and `check_targets` take them, from those of `fit`."""
+        return x, y
+
+    def encode(self, x, argument="x", cut=None, predicting=False):
+        """Texts -> columns of rows: `token_ids`, int32 (T_i,) each, and what a head adds."""
+        return {"token_ids": self.preprocessor.encode(check_texts(x, argument), cut)}
+
+    def sort_key(self, columns):
+        """A number per row; rows of like numbers need little padding together."""
+        return np.array([len(row) for row in columns["token_ids"]])
+
+    def check_targets(self, y, rows, training=False):
+        raise NotImplementedError
+
+    def finish_batch(self, inputs, y=None, sample_weight=None):
+        return inputs, y, sample_weight
+
+    def _dataset(self, x, y=None, sample_weight=None, batch_size=None, *, shuffle_seed=None, **options):
+        """The user's data as a dataset of finished batches; all that is in memory is checked here."""
+        if isinstance(x, (Batches, StreamedBatches)) or backend.is_stream(x):
+            return x  # finished already: `fit` hands its validation data to `evaluate`
+        if isinstance(x, keras.utils.PyDataset):
+            warn = (lambda cut: None) if self.preprocessor is None else self.preprocessor.warn_of_cut
+            prepare = functools.partial(self._prepare, predicting=options.get("predicting", False))
+            return backend.stream(StreamedBatches(x, prepare, warn, shuffle_seed))
+        if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
+            raise invalid("`batch_size` must be an integer of at least 1.", batch_size=batch_size)
+        x, y = self.join(x, y)
+        inputs, lengths = self._rows(x, options.get("argument", "x"))
+        batches = Batches(
+            inputs,
+            lengths,
+            finish=lambda *batch: _without_none(self.finish_batch(*batch)),
+            targets=self.check_targets(y, len(lengths), training=options.get("training", False)),
+            sample_weight=_weights(sample_weight, len(lengths)),
+            batch_size=batch_size or 32,
+            shuffle_seed=shuffle_seed,
+        )
+        return backend.stream(batches)
+
+    def _prepare(self, x, y=None, sample_weight=None, *, cut, predicting):
+        """One batch of a user's `PyDataset`, tokenized and finished."""
+        x, y = self.join(x, y)
+        if self.preprocessor is None or is_token_ids(x, self.sides):
+            inputs = self._token_ids(x)
+        else:
+            inputs = self._pad(self.encode(x, cut=cut, predicting=predicting))
+        if predicting:
+            return (inputs,)
+        rows = len(inputs[f"{self.sides[0]}token_ids"])
+        return _without_none(self.finish_batch(inputs, self.check_targets(y, rows), _weights(sample_weight, rows)))
+
+    def _rows(self, x, argument="x", predicting=False, one_length=False):
+        """A function from row numbers to inputs, and a number per row to sort by, for texts or token ids."""
+        if self.preprocessor is None or is_token_ids(x, self.sides):
+            arrays = self._token_ids(x, argument)
+            rows = len(arrays[f"{self.sides[0]}token_ids"])
+            return lambda chosen: {key: value[chosen] for key, value in arrays.items()}, np.zeros(rows)
+        columns = self.encode(x, argument, predicting=predicting)
+
+        def inputs(chosen):
+            return self._pad({name: [rows[i] for i in chosen] for name, rows in columns.items()}, longest)
+
+        longest = {side: max(map(len, columns[f"{side}token_ids"])) for side in self.sides} if one_length else None
+        return inputs, self.sort_key(columns)
+
+    def _pad(self, columns, lengths=None):
+        """Ragged columns -> arrays (B, T), each side as long as `lengths` says, else as its longest row.
+
+        XLA would compile every length, so that it is given buckets.
+        """
+        arrays: dict[str, np.ndarray] = {}
+        for side in self.sides:
+            own = {name.removeprefix(side): rows for name, rows in columns.items() if name.startswith(side)}
+            length = lengths[side] if lengths else None if self.jit_compile else max(map(len, own["token_ids"]))
+            padded = self.preprocessor.pad(own, length)
+            arrays |= {f"{side}{name}": array for name, array in padded.items()}
+        return arrays
+
+    def _token_ids(self, x, argument="x", sides=None):
+        """Token ids as the graph takes them: int32 arrays (B, T), every id inside the vocabulary."""
+        given = x if isinstance(x, dict) else {"token_ids": x}
+        needed, masks = ([f"{side}{name}" for side in sides or self.sides] for name in ("token_ids", "padding_mask"))
+        if not set(needed) <= set(given) <= {*needed, *masks}:
+            raise invalid(
+                f"`{argument}` must have the keys {' and '.join(needed + masks)}.",
+                "The masks may be left out where nothing is padding.",
+                **{argument: sorted(given)},
+            )
+        arrays = {}
+        for ids, mask in zip(needed, masks, strict=True):
+            arrays[ids] = self._check_ids(given[ids], argument)
+            arrays[mask] = np.asarray(given.get(mask, np.ones_like(arrays[ids])))
+            if arrays[mask].shape != arrays[ids].shape:
+                shapes = {"shape": arrays[mask].shape, "expected": arrays[ids].shape}
+                raise invalid(f"`{mask}` must have the shape of `{ids}`.", **shapes)
+        rows = {name: len(arrays[name]) for name in needed}
+        if len(set(rows.values())) > 1:
+            raise invalid(f"`{argument}` must have as many rows on each side.", **rows)
+        return {key: value.astype("int32") for key, value in arrays.items()}
+
+    def _id_rows(self, x, argument):
+        """Rows of token ids of one text each, none empty, from a dict, an array, or lists."""
+        arrays = self._token_ids(pad_rows(x) if isinstance(x, (list, tuple)) else x, argument, sides=("",))
+        rows = [ids[mask > 0].tolist() for ids, mask in zip(*arrays.values(), strict=True)]
+        for i, row in enumerate(rows):
+            if not row:
+                raise invalid(f"`{argument}`, row {i}, must not be empty.", "It needs a token to begin with.", row=row)
+        return rows
+
+    def _check_ids(self, ids, argument):
+        try:
+            ids = np.asarray(ids)
+        except ValueError as error:
+            raise invalid(f"`{argument}` must be an int array (B, T).", "Pad its rows to one length.") from error
+        if ids.ndim != 2 or ids.size == 0 or ids.dtype.kind not in "iu":
+            raise invalid(
+                f"`{argument}` must hold token ids, an int array (B, T) that is not empty.",
+                "Give the task a preprocessor to pass strings." if self.preprocessor is None else "",
+                shape=ids.shape,
+                dtype=str(ids.dtype),
+            )
+        size = self.backbone.config.vocabulary_size
+        if ids.min() < 0 or ids.max() >= size:
+            raise invalid(
+                f"`{argument}` must hold token ids from 0 to {size - 1}, the backbone's vocabulary.",
+                smallest=int(ids.min()),
+                largest=int(ids.max()),
+            )
+        return ids
+
+
+def is_token_ids(x, sides=("",)) -> bool:
+    """Whether `x` holds token ids: a dict with them, or, for a graph of one text, an int array (B, T)."""
+    if isinstance(x, dict):
+        return f"{sides[0]}token_ids" in x
+    return len(sides) == 1 and "int" in str(getattr(x, "dtype", "")) and len(x.shape) == 2
+
+
+def are_ids(x) -> bool:
+    """Whether `x` holds token ids of one text per row, as `is_token_ids` says, or as lists of lists."""
+    if isinstance(x, (list, tuple)):
+        return bool(x) and not isinstance(x[0], (str, bytes, dict)) and np.ndim(x[0]) == 1
+    return is_token_ids(x)
+
+
+def _without_none(batch):
+    return tuple(part for part in batch if part is not None)
+
+
+def _weights(sample_weight, rows):
+    if sample_weight is None:
+        return None
+    weights = np.asarray(sample_weight, "float32")
+    if weights.shape != (rows,):
+        raise invalid(f"`sample_weight` must have shape ({rows},), a weight per row.", shape=weights.shape)
+    return weights

@@ -1,0 +1,88 @@
+"""LanguageModel: what the heads over the vocabulary share, which is logits, loss, and the defaults of `generate`.
+
+Shapes: B batch, T tokens, D hidden, V vocabulary.
+"""
+
+import functools
+
+import keras
+
+from keras_llama.config import invalid
+from keras_llama.heads.task import Task
+from keras_llama.layers import kernel_initializer
+from keras_llama.losses import TokenCrossentropy, token_metrics
+
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+class LanguageModel(Task):
+    """A task whose outputs are logits of each next token, float32 (B, T, V), trained on the tokens of its input.
+
+    Args:
+        backbone: gives hidden states (B, T, D); its `tie_word_embeddings` decides whether the head is its embedding
+            in reverse or a layer `lm_head` of its own.
+        preprocessor: a `TextPreprocessor` or `None`.
+        generation_config: defaults of `generate` in the words of `generation_config.json`.
+    """
+
+    head = "lm_head"
+
+    def __init__(self, backbone, preprocessor, generation_config, **kwargs):
+        if backbone.config.tie_word_embeddings:
+            to_logits = functools.partial(backbone.token_embedding, reverse=True)
+        else:
+            to_logits = keras.layers.Dense(
+                backbone.config.vocabulary_size,
+                use_bias=False,
+                kernel_initializer=kernel_initializer(),
+                dtype=backbone.dtype_policy,
+                name=self.head,
+            )
+        logits = keras.layers.Activation("linear", dtype="float32", name="logits")(to_logits(backbone(backbone.input)))
+        super().__init__(backbone, preprocessor, logits, **kwargs)
+        self._to_logits = to_logits  # hidden states (.., D) -> logits (.., V)
+        self.generation_config = dict(generation_config or {})
+
+    @classmethod
+    def preset_options(cls, checkpoint, preprocessor):
+        """A checkpoint's defaults; its stop set is joined by the tokenizer's own end and the chat template's."""
+        generation = dict(checkpoint.generation)
+        stops = set(generation.get("eos_token_id", ()))
+        if preprocessor is not None:
+            stops |= {preprocessor.tokenizer.eos_id, preprocessor.tokenizer.turn_end_id} - {-1, None}
+        return {"generation_config": {**generation, "eos_token_id": sorted(stops)}}
+
+    def fresh_weights(self, checkpoint):
+        return []  # a language model with a random head would be none
+
+    def checkpoint_settings(self):
+        settings = super().checkpoint_settings()
+        generation = {**self.generation_config, "eos_token_id": sorted(self.stop_ids)}
+        ids = {name: generation[name] for name in _IDS if generation.get(name) not in (None, [])}
+        fields = {**settings["fields"], **ids}
+        return {**settings, "fields": fields, "generation": {name: v for name, v in generation.items() if v != []}}
+
+    @property
+    def stop_ids(self):
+        """Token ids that end a generated text: those of `generation_config`, else the tokenizer's end."""
+        given = self.generation_config.get("eos_token_id")
+        if given is None:
+            given = [] if self.preprocessor is None else [self.preprocessor.tokenizer.eos_id]
+        return {int(i) for i in (given if isinstance(given, (list, tuple)) else [given]) if i >= 0}
+
+    def default_loss(self):
+        return TokenCrossentropy()
+
+    def losses_by_name(self):
+        return {"sparse_categorical_crossentropy": TokenCrossentropy()}
+
+    def default_metrics(self):
+        return {"metrics": None, "weighted_metrics": token_metrics()}
+
+    def check_targets(self, y, rows, training=False):
+        if y is not None:
+            raise invalid("`y` must be None where `x` holds the targets already.", y=type(y))
+        return
+
+    def get_config(self):
+        return {**super().get_config(), "generation_config": self.generation_config}
