@@ -78,12 +78,13 @@ def weights(query, key, mask):
 
     The queries of a group go through one product with their key, which is never repeated.
     """
+    # No size is left to `reshape` to infer: it cannot where there are no rows.
     rows, length = ops.shape(query)[:2]
     heads, groups, width = query.shape[2], key.shape[2], query.shape[3]
     grouped = ops.reshape(query, (rows, length, groups, heads // groups, width))
-    grouped = ops.reshape(ops.transpose(grouped, (0, 2, 3, 1, 4)), (rows, groups, -1, width))  # (B, K, N/K * T, H)
+    grouped = ops.reshape(ops.transpose(grouped, (0, 2, 3, 1, 4)), (rows, groups, heads // groups * length, width))
     scores = ops.cast(ops.matmul(grouped, ops.transpose(key, (0, 2, 3, 1))), "float32") * width**-0.5
-    scores = ops.reshape(scores, (rows, heads, length, -1))
+    scores = ops.reshape(scores, (rows, heads, length, ops.shape(key)[1]))
     # Keras' `softmax` warns of a text of one token: an axis of size 1.
     return ops.exp(ops.log_softmax(ops.where(ops.expand_dims(mask, 1), scores, -1e30), axis=-1))
 
@@ -92,8 +93,8 @@ def _summed(shares, value):
     """Sums of values (B, S, K, H) by shares (B, N, T, S): (B, T, N, H) in the values' dtype."""
     rows, heads, length = ops.shape(shares)[:3]
     groups, width = value.shape[2:]
-    grouped = ops.reshape(ops.cast(shares, value.dtype), (rows, groups, heads // groups * length, -1))
-    summed = ops.matmul(grouped, ops.transpose(value, (0, 2, 1, 3)))  # (B, K, N/K * T, H)
+    grouped = (rows, groups, heads // groups * length, ops.shape(value)[1])
+    summed = ops.matmul(ops.reshape(ops.cast(shares, value.dtype), grouped), ops.transpose(value, (0, 2, 1, 3)))
     return ops.transpose(ops.reshape(summed, (rows, heads, length, width)), (0, 2, 1, 3))
 
 
