@@ -15,10 +15,16 @@ demo: $(VENV)/demo
 demo-translation: $(VENV)/demo
 	KERAS_BACKEND=tensorflow $(RUN) -m tasks.translation $(DEMO_ARGS)
 
-# Tests compile much and run little: XLA need not optimise.
+# Tests compile much and run little: XLA need not optimise. What is slow runs on TensorFlow only; `make test QUICK=` runs
+# all of it on each backend.
+QUICK ?= -m "not slow"
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 test: $(VENV)/dev
-	for backend in $(BACKENDS); do echo "== $$backend"; KERAS_BACKEND=$$backend $(RUN) -m pytest $(PYTEST_ARGS) || exit 1; done
+	for backend in $(BACKENDS); do \
+		echo "== $$backend"; \
+		if [ $$backend = tensorflow ]; then set --; else set -- $(QUICK); fi; \
+		KERAS_BACKEND=$$backend $(RUN) -m pytest $(PYTEST_ARGS) "$$@" || exit 1; \
+	done
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

@@ -32,6 +32,7 @@ def tsv(tmp_path):
 FAST = ["--vocabulary-size", "330", "--sequence-length", "16", "--batch-size", "16", "--epochs", "3"]
 
 
+@pytest.mark.slow
 def test_trains_reports_saves_and_exports(tsv, tmp_path, capsys):
     output = tmp_path / "out"
     classification.main(["--data", str(tsv), "--output-dir", str(output), *FAST])
@@ -52,6 +53,7 @@ def test_trains_reports_saves_and_exports(tsv, tmp_path, capsys):
         assert not (output / "saved_model").exists()
 
 
+@pytest.mark.slow
 def test_goes_on_from_a_saved_model_with_other_flags(tsv, tmp_path):
     first = tmp_path / "first"
     arguments = ["--data", str(tsv), "--test-data", str(tsv), "--limit", "40", *FAST, "--epochs", "1"]

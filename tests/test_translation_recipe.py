@@ -45,6 +45,7 @@ def run(*arguments):
     translation.main([str(argument) for argument in arguments])
 
 
+@pytest.mark.slow
 def test_trains_scores_translates_and_exports(pairs, tmp_path, capsys, monkeypatch):
     output = tmp_path / "out"
     run("--data", pairs, "--output-dir", output, *FAST, "--epochs", 2, "--encoder-layers", 1)
@@ -69,6 +70,7 @@ def test_trains_scores_translates_and_exports(pairs, tmp_path, capsys, monkeypat
     assert capsys.readouterr().out.splitlines()[-1] == model.generate("a red big dog", num_beams=2, length_penalty=1.5)
 
 
+@pytest.mark.slow
 def test_a_decoder_alone_is_fine_tuned(pairs, chat_lm, tmp_path, capsys):
     chat_lm.save_to_preset(tmp_path / "preset")
     flags = ["--data", pairs, "--limit", 24, "--epochs", 1, *FAST, "--preset", tmp_path / "preset"]
