@@ -333,9 +333,9 @@ def test_refuses_bad_options(tokenizer):
 
 
 def test_scores_are_those_of_sacrebleu():
-    translations, references = ["我喜欢茶，你呢？", "你好"], [["我喜欢喝茶", "我爱茶，你呢？"], "你好"]
+    translations, references = ["我喜欢Tim茶，你呢？", "你好"], [["我喜欢Tom喝茶", "我爱茶，你呢？"], "你好"]
     scores = keras_llama.translation_scores(translations, references)
-    columns = [["我喜欢喝茶", "你好"], ["我爱茶，你呢？", None]]
+    columns = [["我喜欢Tom喝茶", "你好"], ["我爱茶，你呢？", None]]
     assert scores["bleu"] == sacrebleu.corpus_bleu(translations, columns, tokenize="zh").score
     assert scores["chrf"] == sacrebleu.corpus_chrf(translations, columns).score
     assert scores["bleu"] != sacrebleu.corpus_bleu(translations, columns[:1], tokenize="zh").score
