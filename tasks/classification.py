@@ -60,7 +60,7 @@ def train(model, args, rows, validation):
     """Fits with early stopping on the validation rows, and keeps the weights of the best epoch."""
     import keras
 
-    model.compile(**common.compile_options(args, len(rows), args.weight_decay))
+    model.compile(**common.compile_options(model, args, len(rows)))
     (texts, labels, _), (held_texts, held_labels, _) = (zip(*part, strict=True) for part in (rows, validation))
     best = keras.callbacks.EarlyStopping("val_accuracy", mode="max", patience=2, restore_best_weights=True)
     options = {"batch_size": args.batch_size, "epochs": args.epochs, "callbacks": [best]}

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+OPTIMIZERS = ("adamw", "muon")
 CHINESE_FONTS = (
     "Noto Sans CJK SC",
     "Noto Sans CJK JP",  # how matplotlib calls the collection that holds all of them
@@ -43,6 +44,7 @@ def parser(task: str, description: str, **defaults: Any) -> argparse.ArgumentPar
     flags.add_argument("--epochs", type=positive)
     flags.add_argument("--batch-size", type=positive)
     flags.add_argument("--learning-rate", type=above_zero)
+    flags.add_argument("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0])
     flags.add_argument("--precision", choices=PRECISIONS, default="float32")
     flags.add_argument("--jit", choices=("on", "off", "auto"), default="auto")
     flags.add_argument("--seed", type=int, default=0)
@@ -168,8 +170,18 @@ def plot_alignment(path: str | os.PathLike, source: list[str], target: list[str]
         pyplot.close(figure)
 
 
-def compile_options(args: argparse.Namespace, rows: int, weight_decay: float) -> dict[str, Any]:
-    """AdamW with a warm-up over a tenth of the steps and a cosine decay, and `--jit`, for `compile`."""
+def optimizer(name: str, rate: Any, weight_decay: float, head: str) -> Any:
+    """One of `OPTIMIZERS` with clipped gradients; Muon leaves vectors, embeddings and the layer `head` to AdamW."""
+    import keras
+
+    if name == "adamw":
+        return keras.optimizers.AdamW(rate, weight_decay=weight_decay, global_clipnorm=1.0)
+    decay = {"weight_decay": weight_decay, "adam_weight_decay": weight_decay}
+    return keras.optimizers.Muon(rate, **decay, adam_beta_2=0.98, exclude_layers=[head], global_clipnorm=1.0)
+
+
+def compile_options(model: Any, args: argparse.Namespace, rows: int) -> dict[str, Any]:
+    """`--optimizer` with a warm-up over a tenth of the steps and a cosine decay, and `--jit`, for `compile`."""
     import keras
 
     steps = args.epochs * -(-rows // args.batch_size)
@@ -177,7 +189,7 @@ def compile_options(args: argparse.Namespace, rows: int, weight_decay: float) ->
         0.0, decay_steps=steps, alpha=0.05, warmup_target=args.learning_rate, warmup_steps=max(1, steps // 10)
     )
     return {
-        "optimizer": keras.optimizers.AdamW(rate, weight_decay=weight_decay, global_clipnorm=1.0),
+        "optimizer": optimizer(args.optimizer, rate, args.weight_decay, model.head),
         "jit_compile": {"on": True, "off": False, "auto": "auto"}[args.jit],
     }
 

@@ -55,7 +55,7 @@ def train(lm, args, rows, validation, test):
     """Fits, keeps the best epoch, saves the folder; returns what the report says of it."""
     import keras
 
-    lm.compile(**common.compile_options(args, len(rows), args.weight_decay))
+    lm.compile(**common.compile_options(lm, args, len(rows)))
     best = keras.callbacks.EarlyStopping("val_loss", patience=1, restore_best_weights=True)
     started = time.perf_counter()
     options = {"batch_size": args.batch_size, "epochs": args.epochs, "callbacks": [best]}

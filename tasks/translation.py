@@ -34,7 +34,7 @@ def train(model, args, rows, validation):
 
     import keras_llama
 
-    model.compile(**common.compile_options(args, len(rows), args.weight_decay))
+    model.compile(**common.compile_options(model, args, len(rows)))
     held = references(validation[: args.show])
     scores = keras_llama.TranslationScores(
         functools.partial(translate, model), held, held.values(), every=max(1, args.epochs // 5), tokenize=args.tokenize

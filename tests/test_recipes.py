@@ -123,6 +123,7 @@ BAD_FLAGS = {
     "--dropout": ("1.5", "must lie in [0, 1)"),
     "--learning-rate": ("-1", "above 0"),
     "--precision": ("int3", "invalid choice"),
+    "--optimizer": ("lion", "invalid choice"),
     "--jit": ("maybe", "invalid choice"),
     "--preset": ("nothing.keras", "--preset nothing.keras: cannot be loaded"),
 }
@@ -227,3 +228,23 @@ def test_a_label_that_only_the_held_out_rows_have_is_known(tmp_path):
     args = common.parser("classification", "", size="tiny").parse_args(["--data", str(path), "--limit", "20"])
     *_, labels = classification.load(args)
     assert len(labels) == 12
+
+
+def test_muon_turns_matrices_alone(rng):
+    backbone = keras_llama.LlamaBackbone(vocabulary_size=30, **keras_llama.size("tiny"))
+    classifier = keras_llama.LlamaTextClassifier(backbone, num_classes=3)
+    for variable in classifier.trainable_variables:  # no gradient is 0, not even behind a matrix of zeros
+        variable.assign(variable + rng.normal(0, 0.1, variable.shape))
+    rate = 1e-3
+    classifier.compile(common.optimizer("muon", rate, 0.0, classifier.head), jit_compile=False)
+    before = {variable.path: keras.ops.convert_to_numpy(variable) for variable in classifier.trainable_variables}
+    classifier.fit(rng.integers(1, 30, (64, 16)), rng.integers(0, 3, 64), batch_size=64, epochs=1, verbose=0)
+    moved = {v.path: keras.ops.convert_to_numpy(v) - before[v.path] for v in classifier.trainable_variables}
+    for path, change in moved.items():
+        if change.ndim == 1 or any(name in path for name in ("embedding", "score")):
+            largest = np.abs(change).max()  # the first step of AdamW is the rate, whatever the gradient
+            np.testing.assert_allclose(largest, rate, rtol=0.05, err_msg=path)
+        else:  # as many directions as the gradient has, all turned alike, and as far as AdamW would
+            singular = np.linalg.svd(change, compute_uv=False) / (0.2 * rate * max(change.shape) ** 0.5)
+            assert 0.6 < singular[7] <= singular[0] < 1.3, path
+    assert sum("kernel" in path for path in moved) > sum("score" in path for path in moved)
