@@ -19,6 +19,10 @@ demo-translation: $(VENV)/demo
 # all of it on each backend.
 QUICK ?= -m "not slow"
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
+# JAX compiles each program once for all workers, and for the next run.
+test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.pytest_cache/jax
+test: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS ?= 0
+test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 test: $(VENV)/dev
 	for backend in $(BACKENDS); do \
 		echo "== $$backend"; \
