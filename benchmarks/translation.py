@@ -3,9 +3,9 @@
     python -m benchmarks.translation --data cmn.txt [--minutes 10] [--models keras_llama lstm keras_hub nearest]
 
 One split by distinct source (1,500 test, 500 validation sentences), one joint vocabulary, the same batches, equal
-parameters; optimiser and smoothing as tuned for each. Each model is trained by `model.fit` in a process of its own,
-with its learning rate warmed up and decayed over the minutes, tracing included; no early stopping. The test is
-translated once a run, at its end; how settings were chosen: RESULTS.md.
+parameters, Muon and label smoothing; learning rate and dropout as tuned for each. Each model is trained by
+`model.fit` in a process of its own, with its learning rate warmed up and decayed over the minutes, tracing included;
+no early stopping. The test is translated once a run, at its end; how settings were chosen: RESULTS.md.
 Strict is the part of the test of which neither the source nor a reference stands in the training data, up to case and
 punctuation. Tokens per second are real target tokens, over the second half of the steps.
 """
@@ -33,6 +33,8 @@ from tasks import baselines, common, data, translators
 VOCABULARY_SIZE = 4_000
 MODELS = ("keras_llama", "lstm", "keras_hub", "nearest")
 BATCH_SIZE = 64
+WEIGHT_DECAY = 0.05
+LABEL_SMOOTHING = 0.1
 # This project's settings.
 OWN = {
     "architecture": translators.ARCHITECTURES[0],
@@ -41,12 +43,11 @@ OWN = {
     "sequence_length": 64,
     "size": "0.5m",
     "encoder_layers": 2,
-    "dropout": 0.1,
-    "label_smoothing": 0.1,
+    "label_smoothing": LABEL_SMOOTHING,
     "precision": "mixed_bfloat16",
 }
 LENGTH_PENALTY = 1.5
-OWN_OPTIMIZER = {"learning_rate": 4e-3, "beta_2": 0.98, "weight_decay": 0.05}
+LEARNING_RATE = 1.4e-2
 
 
 class Budget(keras.callbacks.Callback):
@@ -81,15 +82,12 @@ def split(path: str) -> dict[str, list]:
     return {"train": train, "validation": validation, "test": test}
 
 
-def optimizer(options: dict[str, float]) -> keras.optimizers.Optimizer:
-    return keras.optimizers.AdamW(**options, global_clipnorm=1.0)
-
-
-def project(train, sources, minutes):
+def project(train, sources, minutes, dropout):
     """This project: translations greedily and by 4 beams, and what is told of the training."""
-    model = translators.build(types.SimpleNamespace(**OWN), train)
-    model.compile(optimizer(OWN_OPTIMIZER), weighted_metrics=None, jit_compile=False)
-    budget = Budget(OWN_OPTIMIZER["learning_rate"], minutes)
+    model = translators.build(types.SimpleNamespace(**OWN, dropout=dropout), train)
+    muon = common.optimizer("muon", LEARNING_RATE, WEIGHT_DECAY, model.head)
+    model.compile(muon, weighted_metrics=None, jit_compile=False)
+    budget = Budget(LEARNING_RATE, minutes)
     english, chinese = (list(column) for column in zip(*train, strict=True))
     model.fit(english, chinese, batch_size=BATCH_SIZE, epochs=10**6, verbose=0, callbacks=[budget])
     answers, seconds = {}, {}
@@ -117,8 +115,9 @@ def peer(train, sources, minutes, name, parameters, seed):
 
     model = build(peers.fitting_width(build, parameters))
     # XLA was slower here, and compiles for each shape.
-    model.compile(optimizer(settings.optimizer), TokenCrossentropy(settings.label_smoothing), jit_compile=False)
-    budget = Budget(settings.optimizer["learning_rate"], minutes)
+    muon = common.optimizer("muon", settings.learning_rate, WEIGHT_DECAY, "embedding")  # which is the head, too
+    model.compile(muon, TokenCrossentropy(LABEL_SMOOTHING), jit_compile=False)
+    budget = Budget(settings.learning_rate, minutes)
     read, written = tokenizer.encode(english, add_eos=True), tokenizer.encode(chinese, add_bos=True, add_eos=True)
     batches = peers.dataset(read, written, BATCH_SIZE, tokenizer.pad_id, seed)
     model.fit(batches, epochs=10**6, shuffle=False, verbose=0, callbacks=[budget])
@@ -136,7 +135,7 @@ def child(args) -> None:
         answers = {"": baselines.nearest_translations(train, sources)}
     else:
         own = args.child == "keras_llama"
-        options = () if own else (args.child, args.parameters, args.seed)
+        options = (args.dropout,) if own else (args.child, args.parameters, args.seed)
         run: Any = project if own else peer
         model, budget, answers, seconds = run(train, sources, args.minutes, *options)
         tokenizer = translators.joint_vocabulary(train, VOCABULARY_SIZE)
@@ -175,6 +174,7 @@ def main() -> None:
     flags.add_argument("--minutes", type=float, default=10)
     flags.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     flags.add_argument("--parameters", type=int, default=2_510_720, help="of the peers")
+    flags.add_argument("--dropout", type=common.share, default=0.1, help="of this project; more for more minutes")
     flags.add_argument("--part", choices=("validation", "test"), default="test")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--child", choices=MODELS, help=argparse.SUPPRESS)
@@ -184,9 +184,8 @@ def main() -> None:
     for model in args.models:
         command = [sys.executable, "-m", "benchmarks.translation", "--child", model, "--data", args.data]
         command += ["--minutes", str(args.minutes), "--part", args.part, "--seed", str(args.seed)]
-        done = subprocess.run(
-            [*command, "--parameters", str(args.parameters)], capture_output=True, text=True, check=False
-        )
+        command += ["--parameters", str(args.parameters), "--dropout", str(args.dropout)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(done.stderr[-3000:])
         for name, value in json.loads(done.stdout.splitlines()[-1]).items():
