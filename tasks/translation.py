@@ -103,8 +103,7 @@ def interactive(model, args):
 
 
 def main(arguments=None):
-    defaults = {"size": "0.5m", "epochs": 20, "batch_size": 64, "optimizer": "muon", "learning_rate": 1.4e-2}
-    flags = common.parser("translation", __doc__, **defaults)
+    flags = common.parser("translation", __doc__, size="0.5m", epochs=20, batch_size=64, learning_rate=4e-3)
     flags.add_argument("--architecture", choices=translators.ARCHITECTURES, default=translators.ARCHITECTURES[0])
     flags.add_argument("--encoder-layers", type=common.positive, help="default: as many as the size says")
     flags.add_argument("--vocabulary-size", type=common.positive, default=4000, help="of both languages together")
