@@ -3,7 +3,7 @@
     python -m benchmarks.translation --data cmn.txt [--minutes 10] [--models keras_llama lstm keras_hub nearest]
 
 One split by distinct source (1,500 test, 500 validation sentences), one joint vocabulary, the same batches, equal
-parameters, Muon and label smoothing; learning rate and dropout as tuned for each. Each model is trained by
+parameters, Muon and label smoothing; learning rate and dropout are each model's own. Each model is trained by
 `model.fit` in a process of its own, with its learning rate warmed up and decayed over the minutes, tracing included;
 no early stopping. The test is translated once a run, at its end; how settings were chosen: RESULTS.md.
 Strict is the part of the test of which neither the source nor a reference stands in the training data, up to case and
@@ -174,7 +174,7 @@ def main() -> None:
     flags.add_argument("--minutes", type=float, default=10)
     flags.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     flags.add_argument("--parameters", type=int, default=2_510_720, help="of the peers")
-    flags.add_argument("--dropout", type=common.share, default=0.1, help="of this project; more for more minutes")
+    flags.add_argument("--dropout", type=common.share, default=0.1, help="of this project")
     flags.add_argument("--part", choices=("validation", "test"), default="test")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--child", choices=MODELS, help=argparse.SUPPRESS)

@@ -183,7 +183,7 @@ def greedy(model: keras.Model, sources: Rows, bos_id: int, eos_id: int, pad_id: 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is chosen on the validation part, for models of 2 million parameters trained for minutes."""
+    """A peer of 2 million parameters, trained for minutes; what was tried on the validation part: RESULTS.md."""
 
     build: Callable[..., keras.Model]
     depth: int
