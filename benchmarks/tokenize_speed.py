@@ -48,14 +48,12 @@ def main() -> None:
     import sentencepiece
     import tokenizers
 
-    from keras_llama.tokenizer import Tokenizer
+    from keras_llama.subword import open_tokenizer
 
     lines = texts(args.data)
     characters = sum(map(len, lines))
     llama2, llama3 = (
-        Tokenizer.from_files(
-            {"tokenizer.model": (args.data / f"checkpoints/{name}_tokenizer/tokenizer.model").read_bytes()}
-        )
+        open_tokenizer({"tokenizer.model": (args.data / f"checkpoints/{name}_tokenizer/tokenizer.model").read_bytes()})
         for name in ("llama2", "llama3")
     )
     print(f"{len(lines)} texts, {characters / 1e6:.2f} M characters, best of {args.rounds}")

@@ -24,7 +24,7 @@ from keras_llama.losses import Perplexity, TokenCrossentropy
 from keras_llama.preprocessing import TextPreprocessor
 from keras_llama.scores import TranslationScores, translation_scores
 from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
-from keras_llama.tokenizer import BytePairTokenizer, SentencePieceTokenizer
+from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer
 
 __version__ = "0.1.0"
 

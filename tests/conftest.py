@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import keras_llama
-from keras_llama.tokenizer import Tokenizer
+from keras_llama.subword import open_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -77,7 +77,7 @@ def chat_tokenizer():
     raw.train_from_iterator(["what is a film", "a good film", "user assistant system", "很好的电影"] * 4, trainer)
     settings = {"chat_template": CHAT_TEMPLATE, "eos_token": "<|none|>", "tokenizer_class": "PreTrainedTokenizerFast"}
     files = {"tokenizer.json": raw.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
-    return Tokenizer.from_files(files)
+    return open_tokenizer(files)
 
 
 @pytest.fixture

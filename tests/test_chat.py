@@ -5,7 +5,7 @@ import json
 import pytest
 
 from keras_llama import chat
-from keras_llama.tokenizer import Tokenizer
+from keras_llama.subword import open_tokenizer
 
 LLAMA2 = """
 {%- if messages[0]['role'] == 'system' -%}
@@ -87,7 +87,7 @@ def _tokenizer(template=None, **settings):
     if template is not None:
         settings["chat_template"] = template
     files = {"tokenizer.json": raw.to_str().encode(), "tokenizer_config.json": json.dumps(settings).encode()}
-    return Tokenizer.from_files(files)
+    return open_tokenizer(files)
 
 
 def _theirs(tokenizer, path):
@@ -181,9 +181,9 @@ def test_where_the_template_stands():
     assert _tokenizer(named[:1]).chat_template is None
     assert _tokenizer().chat_template is None
     both = _tokenizer("settings")
-    assert Tokenizer.from_files({**both.files, "chat_template.jinja": "文件".encode()}).chat_template == "文件"
+    assert open_tokenizer({**both.files, "chat_template.jinja": "文件".encode()}).chat_template == "文件"
     with pytest.raises(ValueError, match=r"chat_template\.jinja: expected UTF-8"):
-        _ = Tokenizer.from_files({**both.files, "chat_template.jinja": b"\xff"}).chat_template
+        _ = open_tokenizer({**both.files, "chat_template.jinja": b"\xff"}).chat_template
     with pytest.raises(ValueError, match="chat template that is a string"):
         _ = _tokenizer(7).chat_template
 

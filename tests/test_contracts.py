@@ -32,6 +32,7 @@ ORDER = [
     "tokenizer_files",
     "chat",
     "tokenizer",
+    "subword",
     "preprocessing",
     "dialogue",
     "checkpoints.checkpoint",

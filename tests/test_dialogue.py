@@ -9,6 +9,7 @@ from keras import ops
 
 import keras_llama
 from keras_llama.losses import TokenCrossentropy
+from keras_llama.subword import open_tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "a good film"},
@@ -144,6 +145,6 @@ def test_a_template_that_rewrites_earlier_turns_is_refused(chat_tokenizer, chat_
     turn = "{% if loop.last or m.role != 'assistant' %}<|start|>{{ m.content }}<|end|>{% endif %}"
     template = f"{{% for m in messages %}}{turn}{{% endfor %}}"
     files = {**chat_tokenizer.files, "chat_template.jinja": template.encode()}
-    chat_lm.preprocessor.tokenizer = type(chat_tokenizer).from_files(files)
+    chat_lm.preprocessor.tokenizer = open_tokenizer(files)
     with pytest.raises(ValueError, match="whatever follows"):
         chat_lm.encode([MESSAGES])

@@ -11,7 +11,7 @@ import keras_llama
 from keras_llama import tokenizer_files
 from keras_llama.checkpoints import gguf
 from keras_llama.checkpoints.gguf_tokenizer import from_gguf, to_gguf
-from keras_llama.tokenizer import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
+from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer, open_tokenizer
 from keras_llama.tokenizer_files import from_sentencepiece
 
 TEXTS = [
@@ -72,7 +72,7 @@ def test_byte_pairs_through_gguf(pre):
     fields = _byte_fields(pre, padding_token_id=3) | {"tokenizer.chat_template": "{{ 1 }}"}
     files = from_gguf(fields)
     assert to_gguf(files) == fields
-    tokenizer = Tokenizer.from_files(files)
+    tokenizer = open_tokenizer(files)
     assert tokenizer.decode(tokenizer.encode(TEXTS)) == TEXTS
     assert tokenizer.encode(["good"]) == [[tokenizer._plain.token_to_id("good")]]
     assert len(tokenizer.encode(["2024"])[0]) == (4 if pre == "smollm" else 3)  # digits one by one
@@ -85,7 +85,7 @@ def test_byte_pairs_through_gguf(pre):
 @pytest.mark.parametrize(("pre", "first"), [("gpt-2", False), ("smollm", False), ("llama-bpe", True)])
 @pytest.mark.parametrize("flags", [(None, None), (True, True), (False, False), (False, True)])
 def test_special_tokens_through_gguf(pre, first, flags):
-    tokenizer = Tokenizer.from_files(from_gguf(_byte_fields(pre, add_bos_token=flags[0], add_eos_token=flags[1])))
+    tokenizer = open_tokenizer(from_gguf(_byte_fields(pre, add_bos_token=flags[0], add_eos_token=flags[1])))
     expected = (first if flags[0] is None else flags[0], bool(flags[1]))
     assert (tokenizer.default_add_bos, tokenizer.default_add_eos) == expected
     fields = to_gguf(tokenizer.files)
@@ -97,7 +97,7 @@ def test_sentencepiece_through_gguf(prefix):
     fields = _piece_fields(add_space_prefix=prefix, add_eos_token=True) | {"tokenizer.chat_template": "{{ 1 }}"}
     files = from_gguf(fields)
     assert to_gguf(files) == fields
-    rust, pieces = Tokenizer.from_files(files), SentencePieceTokenizer(files)
+    rust, pieces = open_tokenizer(files), SentencePieceTokenizer(files)
     assert isinstance(rust, BytePairTokenizer)
     for tokenizer in (rust, pieces):
         assert tokenizer.encode(TEXTS) == pieces.encode(TEXTS)
@@ -112,7 +112,7 @@ def test_scores_and_not_ids_order_the_merges():
     for last in ([-1.0, -2.0], [-2.0, -1.0]):  # of "ag" and "go"
         files = from_gguf(_piece_fields(scores=[0.0] * 259 + [-9.0] * 9 + last))
         texts = ["ago", "good", "a good goo", "ooo"]
-        found.append(Tokenizer.from_files(files).encode(texts))
+        found.append(open_tokenizer(files).encode(texts))
         assert found[-1] == SentencePieceTokenizer(files).encode(texts)
     assert found[0] != found[1]
 
@@ -201,7 +201,7 @@ def test_a_unigram_model_is_refused():
         from_sentencepiece(written.getvalue(), {})
     with pytest.raises(ValueError, match="byte pairs"):
         to_gguf({"tokenizer.model": written.getvalue()})
-    assert Tokenizer.from_files({"tokenizer.model": written.getvalue()}).decode([[1, 2]])
+    assert open_tokenizer({"tokenizer.model": written.getvalue()}).decode([[1, 2]])
 
 
 # ---- llama.cpp as the judge
@@ -211,7 +211,7 @@ def test_a_unigram_model_is_refused():
 def test_llama_cpp_gives_the_same_ids(kind, tokenizer, make_backbone, tmp_path):
     xllamacpp = pytest.importorskip("xllamacpp")
     if kind == "byte pairs":
-        tokenizer = Tokenizer.from_files(from_gguf(_byte_fields("smollm")))
+        tokenizer = open_tokenizer(from_gguf(_byte_fields("smollm")))
     backbone = make_backbone(vocabulary_size=tokenizer.vocabulary_size, context_length=64)
     task = keras_llama.LlamaCausalLM(backbone, keras_llama.TextPreprocessor(tokenizer))
     keras_llama.save_checkpoint(task, tmp_path / "model.gguf", format="gguf")

@@ -12,7 +12,7 @@ import pytest
 import keras_llama
 from keras_llama import tokenizer_files
 from keras_llama.checkpoints import gguf, gguf_tokenizer
-from keras_llama.tokenizer import BytePairTokenizer, SentencePieceTokenizer, Tokenizer
+from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer, open_tokenizer
 
 TEXTS = [
     "a good film",
@@ -166,7 +166,7 @@ def _model(root, name):
 
 @functools.cache
 def _load(root, name):
-    return Tokenizer.from_files({"tokenizer.model": _model(root, name)})
+    return open_tokenizer({"tokenizer.model": _model(root, name)})
 
 
 @functools.cache
@@ -180,7 +180,7 @@ def _smollm2_fields():
 
 @functools.cache
 def _smollm2():
-    return Tokenizer.from_files(gguf_tokenizer.from_gguf(_smollm2_fields()))
+    return open_tokenizer(gguf_tokenizer.from_gguf(_smollm2_fields()))
 
 
 def _differences(texts, ours, theirs):
@@ -193,7 +193,7 @@ def test_golden_ids(shared_data, name, kind):
     tokenizer = _load(shared_data, name)
     if through:
         fields = gguf_tokenizer.to_gguf(tokenizer.files)
-        tokenizer = Tokenizer.from_files(gguf_tokenizer.from_gguf(fields))
+        tokenizer = open_tokenizer(gguf_tokenizer.from_gguf(fields))
         assert isinstance(tokenizer, BytePairTokenizer)
     stem = shared_data / "checkpoints" / f"{name}_tokenizer/goldens/ggml-vocab-llama-{kind}.gguf"
     texts = stem.with_name(stem.name + ".inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
@@ -213,7 +213,7 @@ def test_llama2_as_sentencepiece_has_it(shared_data):
     ids = tokenizer.encode(texts)
     assert not _differences(texts, ids, raw.encode(texts))
     assert tokenizer.decode(ids) == [text.replace("▁", " ") for text in texts]
-    rust = Tokenizer.from_files(tokenizer_files.from_sentencepiece(_model(shared_data, "llama2"), {}))
+    rust = open_tokenizer(tokenizer_files.from_sentencepiece(_model(shared_data, "llama2"), {}))
     assert not _differences(texts, rust.encode(texts), ids)
     assert rust.decode(ids) == tokenizer.decode(ids)
 
@@ -304,7 +304,7 @@ def test_a_vocabulary_trained_here_gives_transformers_the_same_ids(shared_data, 
     names = ("bos_token_id", "eos_token_id", "pad_token_id")
     assert [getattr(theirs, name) for name in names] == [tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id]
     assert theirs("film")["input_ids"] == tokenizer.encode(["film"], add_bos=True)[0]
-    again = Tokenizer.from_files(tokenizer.files)
+    again = open_tokenizer(tokenizer.files)
     assert isinstance(again, BytePairTokenizer)
     assert again.proto == tokenizer.proto
     assert not _differences(texts, tokenizer.encode(texts), again.encode(texts))
@@ -343,7 +343,7 @@ def test_default_special_tokens_are_those_of_transformers(tmp_path, like, frame)
     ]
     for i, settings in enumerate(cases):
         files = {"tokenizer.json": document, "tokenizer_config.json": json.dumps(settings).encode()}
-        tokenizer = Tokenizer.from_files(files)
+        tokenizer = open_tokenizer(files)
         theirs = transformers.AutoTokenizer.from_pretrained(_write(tokenizer, tmp_path / str(i)))
         framed, plain = (theirs("q", add_special_tokens=on)["input_ids"] for on in (True, False))
         flags = framed[0] != plain[0], framed[-1] != plain[-1]
@@ -388,7 +388,7 @@ def test_what_was_derived_survives_pickling_and_assets(any_tokenizer, tmp_path):
 
 
 def test_other_files_replace_all_that_was_derived(tokenizer, chat_tokenizer, tmp_path):
-    changed = Tokenizer.from_files({"tokenizer.json": _small()})
+    changed = open_tokenizer({"tokenizer.json": _small()})
     before = changed.special_tokens, changed.vocabulary_size, changed.encode(["good"])
     changed.load_assets(_write(chat_tokenizer, tmp_path))
     assert changed.encode(["good"]) == chat_tokenizer.encode(["good"])
@@ -401,7 +401,7 @@ def test_other_files_replace_all_that_was_derived(tokenizer, chat_tokenizer, tmp
 
 def test_added_tokens_count_and_have_names(tokenizer):
     files = {"tokenizer.model": tokenizer.proto, "added_tokens.json": b'{"<|sep|>": 310}'}
-    more = Tokenizer.from_files(files)
+    more = open_tokenizer(files)
     assert isinstance(more, SentencePieceTokenizer)
     assert more.vocabulary_size == 311
     assert more.encode(["a<|sep|>b"], parse_special=True)[0].count(310) == 1
@@ -413,13 +413,13 @@ def test_added_tokens_count_and_have_names(tokenizer):
 
 def test_roles_come_from_either_file_and_either_spelling(tokenizer):
     files = {"tokenizer.json": _small()}
-    assert Tokenizer.from_files(files).bos_id == Tokenizer.from_files(files).eos_id == -1
-    assert Tokenizer.from_files(files).pad_id == 0
+    assert open_tokenizer(files).bos_id == open_tokenizer(files).eos_id == -1
+    assert open_tokenizer(files).pad_id == 0
     files["special_tokens_map.json"] = b'{"eos_token": {"content": "</s>", "lstrip": false}, "pad_token": "<s>"}'
-    small = Tokenizer.from_files(files)
+    small = open_tokenizer(files)
     assert (small.token(small.eos_id), small.token(small.pad_id), small.bos_id) == ("</s>", "<s>", -1)
     files["tokenizer_config.json"] = b'{"pad_token": null}'
-    assert Tokenizer.from_files(files).pad_id == small.eos_id
+    assert open_tokenizer(files).pad_id == small.eos_id
 
 
 # ---- What is refused.
@@ -445,7 +445,7 @@ def test_roles_come_from_either_file_and_either_spelling(tokenizer):
 )
 def test_broken_files_are_named(files, message):
     with pytest.raises(ValueError, match=message):
-        Tokenizer.from_files({name: _small() if data is None else data for name, data in files.items()})
+        open_tokenizer({name: _small() if data is None else data for name, data in files.items()})
 
 
 @pytest.mark.parametrize("cls", [BytePairTokenizer, SentencePieceTokenizer])

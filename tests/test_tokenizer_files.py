@@ -6,7 +6,7 @@ import json
 import pytest
 
 from keras_llama import tokenizer_files
-from keras_llama.tokenizer import Tokenizer
+from keras_llama.subword import open_tokenizer
 from keras_llama.tokenizer_files import from_tiktoken
 
 
@@ -22,7 +22,7 @@ def _merges(files):
 def test_tiktoken_merges_are_all_splits_in_the_order_of_their_results():
     files = from_tiktoken(_tiktoken(b"ab", b"bc", b"abc", b"\xff\x00", b"xyz"))
     assert _merges(files) == [("a", "b"), ("b", "c"), ("a", "bc"), ("ab", "c"), ("ÿ", "Ā")]
-    tokenizer = Tokenizer.from_files(files)
+    tokenizer = open_tokenizer(files)
     assert tokenizer.encode(["abc bc"]) == [[258, 32, 257]]
     assert tokenizer.encode(["xyz"]) == [[260]]  # a word that no merge leads to
     assert tokenizer.special_tokens["<|begin_of_text|>"] == tokenizer.bos_id == 261

@@ -12,7 +12,7 @@ from keras_llama.checkpoints import hf, loader, mapping, presets
 from keras_llama.config import invalid
 from keras_llama.layers import no_random_weights
 from keras_llama.preprocessing import TextPreprocessor
-from keras_llama.tokenizer import Tokenizer
+from keras_llama.subword import open_tokenizer
 
 
 class Files(keras.Model):
@@ -48,7 +48,7 @@ class Files(keras.Model):
         own = checkpoint.options.get("preprocessor", {})
         preprocessor = None
         if checkpoint.tokenizer_files:
-            tokenizer = Tokenizer.from_files(checkpoint.tokenizer_files)
+            tokenizer = open_tokenizer(checkpoint.tokenizer_files)
             length = (
                 sequence_length or own.get("sequence_length") or min(checkpoint.config.context_length or 2048, 2048)
             )
