@@ -46,7 +46,7 @@ OWN = {
     "label_smoothing": LABEL_SMOOTHING,
     "precision": "mixed_bfloat16",
 }
-LENGTH_PENALTY = 1.5
+SEARCHES: dict[str, dict] = {"greedy": {}, "beam 4": {"num_beams": 4, "length_penalty": 1.5}}
 LEARNING_RATE = 1.4e-2
 
 
@@ -91,7 +91,7 @@ def project(train, sources, minutes, dropout):
     english, chinese = (list(column) for column in zip(*train, strict=True))
     model.fit(english, chinese, batch_size=BATCH_SIZE, epochs=10**6, verbose=0, callbacks=[budget])
     answers, seconds = {}, {}
-    for name, search in (("greedy", {}), ("beam 4", {"num_beams": 4, "length_penalty": LENGTH_PENALTY})):
+    for name, search in SEARCHES.items():
         options: dict[str, Any] = {**search, "max_new_tokens": 40, "truncate": True, "batch_size": 64}
         model.generate(sources, **options)  # traces
         started = time.perf_counter()
@@ -108,7 +108,6 @@ def peer(train, sources, minutes, name, parameters, seed):
     keras.config.set_dtype_policy(settings.dtype)
     english, chinese = (list(column) for column in zip(*train, strict=True))
     tokenizer = translators.joint_vocabulary(train, VOCABULARY_SIZE)
-    special = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
 
     def build(width):
         return settings.build(tokenizer.vocabulary_size, width, settings.depth, settings.dropout, tokenizer.pad_id)
@@ -121,8 +120,9 @@ def peer(train, sources, minutes, name, parameters, seed):
     read, written = tokenizer.encode(english, add_eos=True), tokenizer.encode(chinese, add_bos=True, add_eos=True)
     batches = peers.dataset(read, written, BATCH_SIZE, tokenizer.pad_id, seed)
     model.fit(batches, epochs=10**6, shuffle=False, verbose=0, callbacks=[budget])
-    found = peers.greedy(model, tokenizer.encode(sources, add_eos=True), *special)
-    return model, budget, {"greedy": tokenizer.decode(found)}, {}
+    ids = tokenizer.encode(sources, add_eos=True)
+    found = {name: peers.search(model, ids, tokenizer, **search) for name, search in SEARCHES.items()}
+    return model, budget, {name: tokenizer.decode(rows) for name, rows in found.items()}, {}
 
 
 def child(args) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from keras import layers, ops
 
+import keras_llama
 from keras_llama import backend
 from keras_llama.preprocessing import Batches, longer_side
 
@@ -147,37 +148,64 @@ def fitting_width(build: Callable[[int], keras.Model], parameters: int) -> int:
     return min(near, key=lambda width: abs(build(width).count_params() - parameters))
 
 
-def greedy(model: keras.Model, sources: Rows, bos_id: int, eos_id: int, pad_id: int, batch_size: int = 128) -> Rows:
-    """The likeliest token after another, until `eos_id` or `LONGEST_ANSWER`; neither bos nor eos is returned."""
+def search(
+    model: keras.Model,
+    sources: Rows,
+    tokenizer: keras_llama.SentencePieceTokenizer,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
+    batch_size: int = 64,
+) -> Rows:
+    """The best of `num_beams` answers to each source, as the project searches; 1 is greedy. Neither bos nor eos."""
     encoder, decoder, head = (model.get_layer(name) for name in ("encoder", "decoder", "head"))
-    ids = tf.TensorSpec([None, None], "int32")
+    ids, size = tf.TensorSpec([None, None], "int32"), tokenizer.vocabulary_size
     remembered = [tf.TensorSpec(tensor.shape, tensor.dtype) for tensor in encoder.outputs]
 
     @tf.function(input_signature=[ids])
     def encode(source):
         return encoder(source)
 
-    @tf.function(input_signature=[ids, remembered])  # one trace for all lengths
-    def choose(prefix, memory):
-        """Next ids (B) after prefixes (B, T); only the last place goes through the head."""
-        return ops.argmax(head(decoder([prefix, *memory])[:, -1:])[:, 0], axis=-1)
+    @tf.function(input_signature=[ids, remembered, tf.TensorSpec([None, 1])])  # one trace for all lengths
+    def extend(prefix, memory, scores):
+        """The best continuations of prefixes (B n, T): scores and places among n V (B, 2n)."""
+        logits = head(decoder([prefix, *memory])[:, -1:])[:, 0]  # only the last place goes through the head
+        total = ops.log_softmax(ops.cast(logits, "float32"), axis=-1) + scores
+        return tf.math.top_k(tf.reshape(total, [-1, num_beams * size]), 2 * num_beams)
 
     answers: Rows = [[] for _ in sources]
     order = sorted(range(len(sources)), key=lambda i: len(sources[i]))
     for start in range(0, len(order), batch_size):
-        running = np.array(order[start : start + batch_size])
-        memory = encode(tf.constant(padded([sources[i][:LONGEST_TEXT] for i in running], pad_id)))
-        prefix = np.full((len(running), 1), bos_id, "int32")
-        for _ in range(LONGEST_ANSWER):
-            chosen = choose(tf.constant(prefix), memory).numpy()
-            going = np.flatnonzero(chosen != eos_id)
-            running, chosen = running[going], chosen[going]
-            if not len(running):
+        batch = order[start : start + batch_size]
+        source = padded([sources[i][:LONGEST_TEXT] for i in batch], tokenizer.pad_id)
+        memory = [tf.repeat(tensor, num_beams, axis=0) for tensor in encode(tf.constant(source))]
+        prefix = np.full((len(batch) * num_beams, 1), tokenizer.bos_id, "int32")
+        scores = np.tile(np.array([0.0] + [-np.inf] * (num_beams - 1), "float32"), len(batch))
+        ended: dict[int, list] = {i: [] for i in batch}
+        for length in range(1, LONGEST_ANSWER + 1):
+            found, places = (x.numpy() for x in extend(tf.constant(prefix), memory, tf.constant(scores[:, None])))
+            rows = places // size + num_beams * np.arange(len(batch))[:, None]
+            going, chosen = [], []
+            for i, source_rows, tokens, totals in zip(batch, rows, places % size, found, strict=True):
+                ends = tokens == tokenizer.eos_id
+                for j in np.flatnonzero(ends[:num_beams]):
+                    ended[i].append((totals[j] / length**length_penalty, prefix[source_rows[j], 1:].tolist()))
+                ended[i] = sorted(ended[i], reverse=True)[:num_beams]
+                on = np.flatnonzero(~ends)[:num_beams]
+                beams = list(zip(source_rows[on], tokens[on], totals[on], strict=True))
+                if length == LONGEST_ANSWER:
+                    texts = ([*prefix[row, 1:].tolist(), int(token)] for row, token, _ in beams)
+                    ended[i] += zip(totals[on] / length**length_penalty, texts, strict=True)
+                elif len(ended[i]) < num_beams or ended[i][-1][0] < totals[on[0]] / length**length_penalty:
+                    going.append(i)
+                    chosen += beams
+            if not chosen:
                 break
-            for i, token in zip(running, chosen, strict=True):
-                answers[i].append(int(token))
-            prefix = np.concatenate([prefix[going], chosen[:, None]], axis=1).astype("int32")
-            memory = [tf.gather(tensor, going) for tensor in memory]
+            kept, tokens, totals = (np.array(x) for x in zip(*chosen, strict=True))
+            batch, scores = going, totals
+            prefix = np.concatenate([prefix[kept], tokens[:, None]], axis=1).astype("int32")
+            memory = [tf.gather(tensor, kept) for tensor in memory]
+        for i, found in ended.items():
+            answers[i] = max(found)[1]
     return answers
 
 
