@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_llama
-from keras_llama.backend import bucket
+from keras_llama.backend import bucket, stream
 from keras_llama.preprocessing import Batches, StreamedBatches, check_texts, next_token_targets
 
 
@@ -158,6 +158,19 @@ def test_streamed_batches_shuffle_and_count_each_batch_once():
     assert all(sorted(order) == [0, 1, 2] for order in orders)
     assert len(set(orders)) > 1
     assert told == [Counter(texts=3)]
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="others take the dataset itself")
+def test_tensorflow_gets_batches_without_a_generator(monkeypatch):
+    import tensorflow as tf
+
+    def refuse(*_, **__):
+        raise AssertionError("a generator slows down every later step of the process")
+
+    monkeypatch.setattr(tf.data.Dataset, "from_generator", refuse)
+    data, _ = batches(5)
+    expected = [data[i][1].tolist() for i in range(len(data))]
+    assert [y.numpy().tolist() for _, y in stream(data)] == expected
 
 
 def test_next_token_targets_stop_at_padding_and_segments():
