@@ -47,7 +47,7 @@ OWN = {
     "precision": "mixed_bfloat16",
 }
 SEARCHES: dict[str, dict] = {"greedy": {}, "beam 4": {"num_beams": 4, "length_penalty": 1.5}}
-LEARNING_RATE = 1.4e-2
+LEARNING_RATE = 1e-2
 
 
 class Budget(keras.callbacks.Callback):

@@ -171,13 +171,15 @@ def plot_alignment(path: str | os.PathLike, source: list[str], target: list[str]
 
 
 def optimizer(name: str, rate: Any, weight_decay: float, head: str) -> Any:
-    """One of `OPTIMIZERS` with clipped gradients; Muon leaves vectors, embeddings and the layer `head` to AdamW."""
+    """One of `OPTIMIZERS` with clipped gradients; Muon leaves vectors, embeddings and the layer `head` to AdamW, at 2 `rate`."""
     import keras
 
     if name == "adamw":
         return keras.optimizers.AdamW(rate, weight_decay=weight_decay, global_clipnorm=1.0)
-    decay = {"weight_decay": weight_decay, "adam_weight_decay": weight_decay}
-    return keras.optimizers.Muon(rate, **decay, adam_beta_2=0.98, exclude_layers=[head], global_clipnorm=1.0)
+    adam = {"adam_weight_decay": weight_decay, "adam_lr_ratio": 2.0, "adam_beta_2": 0.98}
+    return keras.optimizers.Muon(
+        rate, **adam, weight_decay=weight_decay, ns_steps=3, exclude_layers=[head], global_clipnorm=1.0
+    )
 
 
 def compile_options(model: Any, args: argparse.Namespace, rows: int) -> dict[str, Any]:
