@@ -15,9 +15,9 @@ demo: $(VENV)/demo
 demo-translation: $(VENV)/demo
 	KERAS_BACKEND=tensorflow $(RUN) -m tasks.translation $(DEMO_ARGS)
 
-# Tests compile much and run little: XLA need not optimise. What is slow runs on TensorFlow only; `make test QUICK=` runs
-# all of it on each backend.
-QUICK ?= -m "not slow"
+# Tests compile much and run little: XLA need not optimise. What is slow or asks no backend runs on TensorFlow
+# only; `make test QUICK=` runs all of it on each backend.
+QUICK ?= -m "not slow and not plain"
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 # JAX compiles each program once for all workers, and for the next run.
 test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.pytest_cache/jax

@@ -7,6 +7,8 @@ import pytest
 from keras_llama import chat
 from keras_llama.subword import open_tokenizer
 
+pytestmark = pytest.mark.plain
+
 LLAMA2 = """
 {%- if messages[0]['role'] == 'system' -%}
     {%- set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' -%}

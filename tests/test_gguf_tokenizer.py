@@ -14,6 +14,8 @@ from keras_llama.checkpoints.gguf_tokenizer import from_gguf, to_gguf
 from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer, open_tokenizer
 from keras_llama.tokenizer_files import from_sentencepiece
 
+pytestmark = pytest.mark.plain
+
 TEXTS = [
     "a good film",
     "  two  spaces ",

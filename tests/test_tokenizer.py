@@ -14,6 +14,8 @@ from keras_llama import tokenizer_files
 from keras_llama.checkpoints import gguf, gguf_tokenizer
 from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer, open_tokenizer
 
+pytestmark = pytest.mark.plain
+
 TEXTS = [
     "a good film",
     "很好的电影，推荐！",

@@ -9,6 +9,8 @@ from keras_llama import tokenizer_files
 from keras_llama.subword import open_tokenizer
 from keras_llama.tokenizer_files import from_tiktoken
 
+pytestmark = pytest.mark.plain
+
 
 def _tiktoken(*more):
     tokens = [*(bytes([i]) for i in range(256)), *more]
