@@ -222,5 +222,5 @@ class Settings:
 
 SETTINGS = {
     "lstm": Settings(lstm, 1, 0.2, 1e-2, "float32"),
-    "keras_hub": Settings(keras_hub_transformer, 2, 0.1, 8e-3, "mixed_bfloat16"),
+    "keras_hub": Settings(keras_hub_transformer, 2, 0.1, 4e-3, "mixed_bfloat16"),
 }
