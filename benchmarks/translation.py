@@ -48,6 +48,7 @@ OWN = {
 }
 SEARCHES: dict[str, dict] = {"greedy": {}, "beam 4": {"num_beams": 4, "length_penalty": 1.5}}
 LEARNING_RATE = 1e-2
+PARAMETERS = 2_510_720  # of this project with these settings; the peers get as many
 
 
 class Budget(keras.callbacks.Callback):
@@ -173,7 +174,7 @@ def main() -> None:
     flags.add_argument("--data", required=True, help="source<TAB>target lines")
     flags.add_argument("--minutes", type=float, default=10)
     flags.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
-    flags.add_argument("--parameters", type=int, default=2_510_720, help="of the peers")
+    flags.add_argument("--parameters", type=int, default=PARAMETERS, help="of the peers")
     flags.add_argument("--dropout", type=common.share, default=0.1, help="of this project")
     flags.add_argument("--part", choices=("validation", "test"), default="test")
     flags.add_argument("--seed", type=int, default=0)

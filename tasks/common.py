@@ -171,7 +171,7 @@ def plot_alignment(path: str | os.PathLike, source: list[str], target: list[str]
 
 
 def optimizer(name: str, rate: Any, weight_decay: float, head: str) -> Any:
-    """One of `OPTIMIZERS` with clipped gradients; Muon leaves vectors, embeddings and the layer `head` to AdamW, at 2 `rate`."""
+    """One of `OPTIMIZERS`, gradients clipped; Muon leaves vectors, embeddings and layer `head` to AdamW at 2 `rate`."""
     import keras
 
     if name == "adamw":

