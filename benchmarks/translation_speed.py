@@ -56,8 +56,8 @@ def keras_hub(rows, name, tokens):
     read, written = tokenizer.encode(english, add_eos=True), tokenizer.encode(chinese, add_bos=True, add_eos=True)
 
     def fit(steps, watch):
-        part = [side[: steps * BATCH_SIZE] for side in (read, written)]
-        batches = translation_peers.dataset(*part, BATCH_SIZE, tokenizer.pad_id, seed=0)
+        rows = steps * BATCH_SIZE
+        batches = translation_peers.dataset(read[:rows], written[:rows], BATCH_SIZE, tokenizer.pad_id, seed=0)
         model.fit(batches, shuffle=False, verbose=0, callbacks=[watch])
 
     return Turns(model, fit, tokens)

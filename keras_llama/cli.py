@@ -1,4 +1,4 @@
-"""The command `keras-llama`: generate, convert, verify, info."""
+"""The command `keras-llama`: generate, convert, export, verify, info."""
 
 import argparse
 import sys
@@ -44,6 +44,11 @@ def parser() -> argparse.ArgumentParser:
     converting.add_argument("--quantization", choices=("f32", "f16", "q8_0"), default="f32", help="of gguf")
     converting.add_argument("--dtype", help="of the weights; default: what the checkpoint was saved in")
     converting.add_argument("--overwrite", action="store_true")
+    exporting = command("export", export, "Write a TensorFlow SavedModel that takes prompts and scores texts.")
+    exporting.add_argument("output", help="a directory")
+    exporting.add_argument("--dtype", help="of the weights; default: what the checkpoint was saved in")
+    exporting.add_argument("--overwrite", action="store_true")
+    exporting.add_argument("--versioned", action="store_true", help="write OUTPUT/1, for TensorFlow Serving")
     command("verify", verify, "Compare a checkpoint with Transformers, block by block.")
     command("info", info, "Say what a checkpoint holds, without reading its weights.")
     return flags
@@ -91,6 +96,14 @@ def convert(args: argparse.Namespace) -> None:
     lm = keras_llama.LlamaCausalLM.from_preset(args.preset, dtype=args.dtype)
     options = {"quantization": args.quantization} if args.format == "gguf" else {}
     keras_llama.save_checkpoint(lm, args.output, args.format, overwrite=args.overwrite, **options)
+    print(f"{args.output}: {lm.count_params():,} parameters, {lm.dtype_policy.variable_dtype}")
+
+
+def export(args: argparse.Namespace) -> None:
+    import keras_llama
+
+    lm = keras_llama.LlamaCausalLM.from_preset(args.preset, dtype=args.dtype)
+    lm.export(args.output, overwrite=args.overwrite, versioned=args.versioned)
     print(f"{args.output}: {lm.count_params():,} parameters, {lm.dtype_policy.variable_dtype}")
 
 

@@ -123,22 +123,23 @@ class TokenLoop:
             )
         return search.best()
 
-    def greedy(self, prompts, max_new_tokens, settings, stops, context=()):
-        """New token ids int32 (B, `max_new_tokens`) inside somebody's graph, of any number of prompts (B, T).
+    def in_graph(self, prompts, mask, seen, max_new_tokens, settings, stop_ids, uniforms, context=()):
+        """New token ids int32 (B, `max_new_tokens`) inside somebody's graph, where all sizes may be open.
 
         Args:
-            prompts: int32 (B, T) without padding.
-            max_new_tokens: most tokens to add.
-            settings: `samplers.Settings` that sample nothing, as arrays.
-            stops: ids that end a row, an int array; what follows them in a row is 0.
+            prompts, mask: int32 (B, T), padded on the left.
+            seen: bool (B, V), tokens of the prompts, for the repetition penalty.
+            max_new_tokens: most tokens to add; an integer or a scalar tensor.
+            settings: `samplers.Settings` as arrays or tensors.
+            stop_ids: ids that end a row; what follows them in a row is padding.
+            uniforms: float32 (B, T + `max_new_tokens`), of the sampling.
             context: as in `generate`.
         """
-        rows, first = ops.shape(prompts)
-        mask = ops.pad(ops.ones_like(prompts), [[0, 0], [0, max_new_tokens]])
-        seen = ops.zeros((rows, self.config.vocabulary_size), "bool")
-        sampling = (settings, ops.convert_to_tensor(stops), ops.zeros((rows, first + max_new_tokens)))
+        first = ops.shape(prompts)[1]
+        mask = ops.pad(mask, [[0, 0], [0, max_new_tokens]])
+        sampling = (settings, ops.convert_to_tensor(np.array(sorted(stop_ids) or [-1], "int32")), uniforms)
         state = self._prefill_and_choose(prompts, mask, seen, context, *sampling)
-        last = ops.convert_to_tensor(first + max_new_tokens, "int32")
+        last = ops.cast(first + max_new_tokens, "int32")
         return self._advance_until(state, last, context, *sampling).tokens[:, first:]
 
     def _prompt_arrays(self, prompts, max_new_tokens):
@@ -162,7 +163,7 @@ class TokenLoop:
     def _prefill_and_choose(self, prompts, mask, seen, context, settings, stops, uniforms):
         logits, cache = self._prefill(prompts, mask, context)
         rows, column = ops.shape(prompts)
-        tokens = ops.pad(prompts, [[0, 0], [0, mask.shape[1] - column]])
+        tokens = ops.pad(prompts, [[0, 0], [0, ops.shape(mask)[1] - column]])
         done = ops.zeros((rows,), "bool")
         state = State(tokens, mask, cache, seen, done, ops.convert_to_tensor(column, "int32"))
         return self._write(state, logits, settings, stops, uniforms)

@@ -110,7 +110,7 @@ def from_tiktoken(data: bytes) -> dict[str, bytes]:
             lines=len(tokens),
             distinct=len(ranks),
         )
-    as_text = {byte: chr(code) for byte, code in _byte_characters().items()}
+    as_text = {byte: chr(code) for byte, code in byte_characters().items()}
     names = ["".join(as_text[byte] for byte in token) for token in tokens]
     merges = [(names[ranks[left]], names[ranks[right]]) for left, right in splits(tokens, ranks)]
     reserved = iter(range(256))
@@ -129,7 +129,7 @@ def splits(tokens: list[Any], ranks: Mapping[Any, int]) -> Iterable[tuple[Any, A
         yield from sorted(found, key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
 
 
-def _byte_characters() -> dict[int, int]:
+def byte_characters() -> dict[int, int]:
     """The printable character that stands for each byte in byte-level vocabularies, since GPT-2."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

@@ -1,7 +1,5 @@
 """Translators of both architectures behind one set of functions: build, what `fit` takes, translate, deliver."""
 
-import shutil
-
 from tasks import common
 
 ARCHITECTURES = ("encoder-decoder", "decoder")
@@ -85,7 +83,7 @@ def translate(model, sources, **options):
 
 
 def deliver(model, output, sources):
-    """Saves the model, reloads it, and where it can, exports and serves it; raises if one answers otherwise."""
+    """Saves, reloads, exports and serves the model, and raises if any of them answers otherwise."""
     import keras
 
     expected = translate(model, sources)
@@ -93,14 +91,13 @@ def deliver(model, output, sources):
     if translate(keras.saving.load_model(output / "model.keras"), sources) != expected:
         raise RuntimeError("The reloaded model answers otherwise.")
     print(f"{output / 'model.keras'}: reloaded, the same translations")
-    if not hasattr(model, "alignment"):
-        print("A SavedModel of a decoder alone comes later.")
+    alone = "encoder_token_ids" not in model.input
+    asked = prompts(model, sources) if alone else list(sources)
+    if alone:  # with the prompt, and as long as the context lets each alone
+        expected = [model.generate(prompt) for prompt in asked]
+    answer = common.exported(model, output / "saved_model", asked)
+    if answer is None:
         return
-    if not common.can_export(model):
-        return
-    exported = output / "saved_model"
-    shutil.rmtree(exported, ignore_errors=True)
-    model.export(exported)
-    if common.serve(exported, sources)["text"] != expected:
+    if answer["texts"] != expected:
         raise RuntimeError("The exported model answers otherwise.")
-    print(f"{exported}: served by a fresh process, the same translations")
+    print(f"{output / 'saved_model'}: served by a fresh process, the same translations")

@@ -1,6 +1,11 @@
-"""The SavedModel of a classifier: strings in, answers out, in a process without Keras."""
+"""SavedModels: strings in, strings or probabilities out, in a process that has TensorFlow and nothing else of this."""
 
+import json
+import pathlib
+import re
 import shutil
+import subprocess
+import sys
 
 import keras
 import numpy as np
@@ -10,55 +15,220 @@ import keras_llama
 from tasks import common
 
 ON_TENSORFLOW = keras.config.backend() == "tensorflow"
-needs_tensorflow = pytest.mark.skipif(not ON_TENSORFLOW, reason="a SavedModel is written on the TensorFlow backend")
+needs_tensorflow = pytest.mark.skipif(not ON_TENSORFLOW, reason="looks into the graph")
 TEXTS = ["a good film", "很差的电影", "  spaces 😀 </s> <s>", "a film " * 20, ""]
 
 
-@pytest.fixture
-def make(tokenizer):
-    def make(problem_type="single", labels=("bad", "good"), **text_options):
-        backbone = keras_llama.LlamaBackbone(vocabulary_size=tokenizer.vocabulary_size, **keras_llama.size("tiny"))
-        preprocessor = keras_llama.TextPreprocessor(tokenizer, 24, **text_options)
-        return keras_llama.LlamaTextClassifier(
-            backbone, labels=labels, problem_type=problem_type, preprocessor=preprocessor, pooling="mean"
-        )
-
-    return make
+@pytest.fixture(params=["tokenizer", "chat_tokenizer"] if ON_TENSORFLOW else ["tokenizer"])
+def vocabulary(request):
+    """A SentencePiece and a byte-level one."""
+    return request.getfixturevalue(request.param)
 
 
-@needs_tensorflow
+def parts(tokenizer, **options):
+    backbone = keras_llama.LlamaBackbone(vocabulary_size=tokenizer.vocabulary_size, **keras_llama.size("tiny"))
+    return backbone, keras_llama.TextPreprocessor(tokenizer, 24, **options)
+
+
+def classifier(tokenizer, problem_type="single", labels=("bad", "good"), **options):
+    backbone, preprocessor = parts(tokenizer, **options)
+    options = {"labels": labels, "problem_type": problem_type, "preprocessor": preprocessor, "pooling": "mean"}
+    return keras_llama.LlamaTextClassifier(backbone, **options)
+
+
+def language_model(tokenizer, make_backbone, **generation):
+    backbone = make_backbone(vocabulary_size=tokenizer.vocabulary_size, context_length=48)
+    preprocessor = keras_llama.TextPreprocessor(tokenizer, 24)
+    return keras_llama.LlamaCausalLM(backbone, preprocessor, generation or None)
+
+
+def translator(tokenizer):
+    backbone = keras_llama.LlamaSeq2SeqBackbone(
+        vocabulary_size=tokenizer.vocabulary_size, **keras_llama.size("tiny"), num_encoder_layers=1
+    )
+    generator = np.random.default_rng(1)
+    for variable in backbone.variables:
+        variable.assign(variable + generator.normal(0, 0.2, variable.shape))
+    return keras_llama.LlamaSeq2SeqLM(backbone, keras_llama.TextPreprocessor(tokenizer, 20, add_eos=True))
+
+
+def call(directory, name, *inputs):
+    """What a signature of a SavedModel gives, as arrays and lists."""
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(directory))
+    function = loaded.signatures[name]
+    names = json.loads((directory / "keras_llama.json").read_text())["signatures"][name]
+    dtypes = {key: spec.dtype for key, spec in function.structured_input_signature[1].items()}
+    found = function(**{key: tf.constant(x, dtypes[key]) for key, x in zip(names, inputs, strict=True)})
+    return {key: tensor.numpy() for key, tensor in found.items()}
+
+
+def readable(texts):
+    """Broken characters are U+FFFD everywhere; how many of them depends on who writes them."""
+    return [re.sub("\ufffd+", "\ufffd", text) for text in texts]
+
+
+def strings(array):
+    return [text.decode() for text in array]
+
+
 @pytest.mark.filterwarnings("ignore:.*texts are longer than sequence_length")
-@pytest.mark.parametrize("add_eos", [True, False])
-def test_a_fresh_process_gives_the_same_answers(make, tmp_path, add_eos):
-    model = make(add_eos=add_eos)
+@pytest.mark.parametrize("add_eos", [True, False] if ON_TENSORFLOW else [True])
+def test_a_fresh_process_classifies(vocabulary, tmp_path, add_eos):
+    model = classifier(vocabulary, add_eos=add_eos)
     model.export(tmp_path / "first" / "model")
     moved = tmp_path / "elsewhere"
     shutil.move(tmp_path / "first" / "model", moved)
     shutil.rmtree(tmp_path / "first")
     answer = common.serve(moved, TEXTS)
     found = np.array(answer["probabilities"])
-    expected = np.asarray(model.probabilities(model.predict(TEXTS[:-1], verbose=0)))
-    np.testing.assert_allclose(found[:-1], expected, atol=1e-6)
-    assert answer["label"][:-1] == [row["label"] for row in model.classify(TEXTS[:-1])]
+    expected = keras.ops.convert_to_numpy(model.probabilities(model.predict(TEXTS[:-1], verbose=0)))
+    np.testing.assert_allclose(found[:-1], expected, atol=1e-6 if ON_TENSORFLOW else 1e-4)
+    assert answer["labels"][:-1] == [row["label"] for row in model.classify(TEXTS[:-1])]
+    assert answer["label_names"] == ["bad", "good"]
     assert np.isfinite(found[-1]).all()  # the empty string is a text of no tokens but the first
 
 
+@pytest.mark.slow
+def test_a_fresh_process_generates(vocabulary, make_backbone, tmp_path):
+    model = language_model(vocabulary, make_backbone, max_new_tokens=12)
+    model.export(tmp_path / "model")
+    prompts = TEXTS[:3]
+    for asked in (prompts, prompts[:1]):
+        assert readable(common.serve(tmp_path / "model", asked)["texts"]) == readable(model.generate(asked))
+
+
+@pytest.mark.slow
+def test_a_fresh_process_translates(vocabulary, tmp_path):
+    model = translator(vocabulary)
+    model.export(tmp_path / "model")
+    sources = [*TEXTS[:3], "unseen слова", "good " * 80]
+    found, expected = common.serve(tmp_path / "model", sources)["texts"], model.generate(sources, truncate=True)
+    assert readable(found) == readable(expected)
+
+
+LOADS_ALONE = """
+import sys
+for name in ("keras", "keras_hub", "keras_nlp", "keras_llama", "tensorflow_text"):
+    sys.modules[name] = None  # to import it is an error
+import tensorflow as tf
+served = tf.saved_model.load(sys.argv[1]).signatures["serving_default"]
+print(served(tf.constant(["a film"]))["texts"][0].numpy().decode())
+"""
+
+
 @needs_tensorflow
-def test_the_empty_batch_and_a_session_loader(make, tmp_path):
-    make().export(tmp_path / "model")
+def test_it_needs_tensorflow_alone(chat_tokenizer, make_backbone, tmp_path, run_python):
+    model = language_model(chat_tokenizer, make_backbone, max_new_tokens=6)
+    model.export(tmp_path / "model")
+    assert run_python(LOADS_ALONE, tmp_path / "model").rstrip("\n") == model.generate("a film").rstrip("\n")
+
+
+def operations(directory):
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+    saved = SavedModel.FromString((directory / "saved_model.pb").read_bytes())
+    graph = saved.meta_graphs[0].graph_def
+    return {node.op for nodes in (graph.node, *(f.node_def for f in graph.library.function)) for node in nodes}
+
+
+@needs_tensorflow
+def test_the_graph_holds_known_operations_only(vocabulary, make_backbone, tmp_path):
+    allowed = set((pathlib.Path(__file__).parent / "operations.txt").read_text().split())
+    for name, model in {
+        "classifier": classifier(vocabulary),
+        "translator": translator(vocabulary),
+        "language model": language_model(vocabulary, make_backbone),
+    }.items():
+        model.export(tmp_path / name)
+        assert operations(tmp_path / name) <= allowed, name
+
+
+@needs_tensorflow
+def test_a_session_consumer(tokenizer, tmp_path):
+    model = translator(tokenizer)
+    model.export(tmp_path / "model")
+    command = ["saved_model_cli", "run", "--dir", str(tmp_path / "model"), "--tag_set", "serve"]
+    command += ["--signature_def", "serving_default", "--input_exprs", "sources=['a good film']"]
+    tool = pathlib.Path(sys.executable).with_name(command[0])
+    done = subprocess.run([str(tool), *command[1:]], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert repr(model.generate("a good film").encode()) in done.stdout
+
+
+@needs_tensorflow
+def test_stop_tokens_limits_and_context(tokenizer, make_backbone, tmp_path):
+    model = language_model(tokenizer, make_backbone)
+    prompts = ["a film", "a good film it is, a good film"]
+    ids = model.generate([row.tolist() for row in map(np.array, tokenizer.encode(prompts, add_bos=True))], 20)
+    stop = int(ids["token_ids"][0][len(tokenizer.encode(prompts[:1], add_bos=True)[0]) + 4])
+    model.generation_config = {"eos_token_id": [stop]}
+    model.export(tmp_path / "model")
+    found = call(tmp_path / "model", "generate", prompts, 10, 0.0, 0, 1.0, 0)
+    assert strings(found["texts"]) == model.generate(prompts, 10)
+    assert found["stopped"][0] == 1
+    assert call(tmp_path / "model", "generate", prompts, 2, 0.0, 0, 1.0, 0)["stopped"].tolist() == [0, 0]
+    model.generation_config = {"eos_token_id": []}
+    model.export(tmp_path / "model", overwrite=True)
+    beyond = call(tmp_path / "model", "generate", prompts, 1000, 0.0, 0, 1.0, 0)
+    assert beyond["stopped"].tolist() == [2, 2]
+    alone = [model.generate(text, 48 - len(tokenizer.encode([text], add_bos=True)[0])) for text in prompts]
+    assert strings(beyond["texts"]) == alone
+
+
+@needs_tensorflow
+def test_sampling_has_the_probabilities_of_the_model(tokenizer, make_backbone, tmp_path):
+    model = language_model(tokenizer, make_backbone)
+    model.export(tmp_path / "model")
+    prompts = ["a film"] * 1500
+    drawn = strings(call(tmp_path / "model", "generate", prompts, 1, 0.9, 6, 0.95, 3)["texts"])
+    here = model.generate(prompts, 1, temperature=0.9, top_k=6, top_p=0.95, seed=5, batch_size=1500)
+    kinds = sorted({*drawn, *here})
+    counts = np.array([[texts.count(kind) for kind in kinds] for texts in (drawn, here)])
+    assert 2 <= len(kinds) <= 6
+    expected = counts.sum(0) / 2
+    assert ((counts - expected) ** 2 / expected).sum() < 20.5  # chi-square, 5 degrees of freedom, p = 0.001
+    again = call(tmp_path / "model", "generate", prompts, 1, 0.9, 6, 0.95, 3)["texts"]
+    other = call(tmp_path / "model", "generate", prompts, 1, 0.9, 6, 0.95, 4)["texts"]
+    assert strings(again) == drawn != strings(other)
+
+
+@needs_tensorflow
+def test_scores_and_tokens(vocabulary, make_backbone, tmp_path):
+    model = language_model(vocabulary, make_backbone)
+    model.export(tmp_path / "model")
+    texts = TEXTS[:3]
+    found = call(tmp_path / "model", "score", texts)
+    for row, size, expected in zip(found["log_probs"], found["lengths"], model.score(texts), strict=True):
+        np.testing.assert_allclose(row[: size - 1], expected["log_probs"], atol=1e-4)
+        assert not row[size - 1 :].any()
+    tokens = call(tmp_path / "model", "tokenize", texts)
+    rows = [row[:size].tolist() for row, size in zip(tokens["token_ids"], tokens["lengths"], strict=True)]
+    assert rows == vocabulary.encode(texts)
+    back = call(tmp_path / "model", "detokenize", tokens["token_ids"], tokens["lengths"])
+    assert strings(back["texts"]) == vocabulary.decode(rows)
+
+
+@needs_tensorflow
+def test_the_empty_batch_and_the_empty_string(tokenizer, make_backbone, tmp_path):
     import tensorflow as tf
 
-    served = tf.saved_model.load(str(tmp_path / "model"))
-    empty = served.signatures["serving_default"](tf.constant([], tf.string))
-    assert empty["probabilities"].shape == (0, 2)
-    with tf.compat.v1.Session(graph=tf.Graph()) as session:
-        tf.compat.v1.saved_model.load(session, ["serve"], str(tmp_path / "model"))
-        session.graph.finalize()
+    for name, make in (("one", classifier), ("two", translator)):
+        make(tokenizer).export(tmp_path / name)
+    language_model(tokenizer, make_backbone).export(tmp_path / "three")
+    for name, output in (("one", "probabilities"), ("two", "texts"), ("three", "texts")):
+        serve = tf.saved_model.load(str(tmp_path / name)).signatures["serving_default"]
+        assert serve(tf.constant([], tf.string))[output].shape[0] == 0
+        assert serve(tf.constant([""]))[output].shape[0] == 1
+        with tf.compat.v1.Session(graph=tf.Graph()) as session:
+            tf.compat.v1.saved_model.load(session, ["serve"], str(tmp_path / name))
+            session.graph.finalize()
 
 
 @needs_tensorflow
-def test_weights_are_stored_once(make, tmp_path):
-    model = make()
+def test_weights_are_stored_once(tokenizer, tmp_path):
+    model = classifier(tokenizer)
     model.export(tmp_path / "model")
     bytes_of_weights = sum(int(np.prod(v.shape)) * 4 for v in model.variables)
     stored = sum(p.stat().st_size for p in (tmp_path / "model" / "variables").iterdir())
@@ -67,43 +237,74 @@ def test_weights_are_stored_once(make, tmp_path):
 
 @needs_tensorflow
 @pytest.mark.parametrize("problem_type", ["multi", "regression"])
-def test_other_problems(make, tmp_path, problem_type):
-    model = make(problem_type)
+def test_other_problems(tokenizer, tmp_path, problem_type):
+    model = classifier(tokenizer, problem_type)
     model.export(tmp_path / "model")
+    answer = call(tmp_path / "model", "classify", TEXTS[:2])
+    expected = np.asarray(model.probabilities(model.predict(TEXTS[:2], verbose=0)))
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-6)
+    assert "labels" not in answer
+    assert ("label_names" in answer) == (problem_type == "multi")
+
+
+@needs_tensorflow
+def test_a_large_text_is_cut_and_bounded(tokenizer, tmp_path):
+    model = classifier(tokenizer)
+    model.export(tmp_path / "model")
+    large = ["a good film " * 90_000, "a" * 1_000_000, "好" * 400_000]
+    found = call(tmp_path / "model", "classify", large)["probabilities"]
+    with pytest.warns(UserWarning, match="3 of 3 texts are longer"):
+        expected = np.asarray(model.probabilities(model.predict(large, verbose=0)))
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    assert np.isfinite(call(tmp_path / "model", "classify", [b"\xff\xfe broken"])["probabilities"]).all()
+
+
+@needs_tensorflow
+def test_without_a_preprocessor_it_takes_ids(make_backbone, tmp_path):
+    model = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
+    with pytest.warns(UserWarning, match="takes token ids"):
+        model.export(tmp_path / "model")
+    ids, mask = np.array([[5, 8, 2]]), np.ones((1, 3))
+    found = call(tmp_path / "model", "logits", ids, mask)["logits"]
+    np.testing.assert_allclose(found, model.predict({"token_ids": ids, "padding_mask": mask}, verbose=0), atol=1e-6)
+
+
+@needs_tensorflow
+def test_the_layout_of_tensorflow_serving(tokenizer, tmp_path):
+    classifier(tokenizer).export(tmp_path / "model", versioned=True)
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["1"]
+    assert common.serve(tmp_path / "model" / "1", ["a"])["labels"][0] in ("bad", "good")
+
+
+@needs_tensorflow
+def test_a_former_folder_is_kept_unless_it_may_go(tokenizer, tmp_path, monkeypatch):
     import tensorflow as tf
 
-    served = tf.saved_model.load(str(tmp_path / "model")).signatures["serving_default"]
-    answer = served(tf.constant(TEXTS[:2]))
-    expected = np.asarray(model.probabilities(model.predict(TEXTS[:2], verbose=0)))
-    np.testing.assert_allclose(answer["probabilities"].numpy(), expected, atol=1e-6)
-    assert "label" not in answer
-
-
-@needs_tensorflow
-def test_refuses_an_existing_folder_and_a_task_without_text(make, make_backbone, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.txt").write_text("kept")
-    with pytest.raises(ValueError, match="`filepath` must not exist yet"):
-        make().export(tmp_path / "model")
+    with pytest.raises(ValueError, match="`filepath` must be a directory that is new or empty"):
+        classifier(tokenizer).export(tmp_path / "model")
+
+    def full(*_, **__):
+        (tmp_path / ".model.unfinished").mkdir(exist_ok=True)
+        raise tf.errors.ResourceExhaustedError(None, None, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tf.saved_model, "save", full)
+        with pytest.raises(OSError, match=r"could not be written.*No space left"):
+            classifier(tokenizer).export(tmp_path / "model", overwrite=True)
     assert (tmp_path / "model" / "mine.txt").read_text() == "kept"
-    with pytest.raises(ValueError, match="needs a task with a preprocessor"):
-        keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2).export(tmp_path / "other")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    classifier(tokenizer).export(tmp_path / "model", overwrite=True)
+    assert not (tmp_path / "model" / "mine.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
-@needs_tensorflow
-def test_refuses_a_tokenizer_the_graph_has_not_got(make_backbone, chat_tokenizer, tmp_path):
-    backbone = make_backbone(vocabulary_size=chat_tokenizer.vocabulary_size)
-    preprocessor = keras_llama.TextPreprocessor(chat_tokenizer, sequence_length=16)
-    model = keras_llama.LlamaTextClassifier(backbone, num_classes=2, preprocessor=preprocessor)
-    with pytest.raises(ValueError, match="SentencePiece model"):
-        model.export(tmp_path / "model")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.skipif(ON_TENSORFLOW, reason="the other backends")
-def test_other_backends_say_where_to_export(make, tmp_path):
-    with pytest.raises(ValueError, match=r"KERAS_BACKEND=tensorflow.*|.*KERAS_BACKEND=tensorflow"):
-        make().export(tmp_path / "model")
+@pytest.mark.skipif(ON_TENSORFLOW, reason="the other backends have TensorFlow write it")
+def test_a_process_that_fails_is_told(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr("keras_llama.export.saved_model._IN_TENSORFLOW", "raise RuntimeError('no TensorFlow here')")
+    with pytest.raises(ValueError, match="no TensorFlow here"):
+        classifier(tokenizer).export(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 

@@ -8,7 +8,6 @@ from keras import ops
 
 import keras_llama
 from keras_llama.losses import TokenCrossentropy
-from tasks import common
 
 SOURCES = ["good day", "bad day", "a good film", "what a day it is"] * 3
 TARGETS = ["好日子", "坏日子", "好的电影", "多好的日子"] * 3
@@ -228,25 +227,6 @@ def test_starts_from_a_language_model(chat_lm, make_backbone, tied):
         keras_llama.LlamaSeq2SeqLM(backbone)
 
 
-@pytest.mark.skipif(not ON_TENSORFLOW, reason="a SavedModel is written on the TensorFlow backend")
-def test_a_fresh_process_translates(trained, tmp_path):
-    sources = [*SOURCES[:4], "unseen слова", "good " * 80]
-    trained.export(tmp_path / "model")
-    assert common.serve(tmp_path / "model", sources)["text"] == trained.generate(sources, truncate=True)
-
-
-@pytest.mark.skipif(not ON_TENSORFLOW, reason="a SavedModel is written on the TensorFlow backend")
-def test_ids_that_no_text_has_are_left_out_of_a_translation(tokenizer, tmp_path):
-    backbone = keras_llama.LlamaSeq2SeqBackbone(
-        vocabulary_size=3 * tokenizer.vocabulary_size, **keras_llama.size("tiny"), num_encoder_layers=1
-    )
-    model = keras_llama.LlamaSeq2SeqLM(backbone, keras_llama.TextPreprocessor(tokenizer, 20))
-    ids = model.generate([row.tolist() for row in model.preprocessor.encode(SOURCES[:4])])["token_ids"]
-    assert (ids >= tokenizer.vocabulary_size).any()
-    model.export(tmp_path / "model")
-    assert common.serve(tmp_path / "model", SOURCES[:4])["text"] == model.generate(SOURCES[:4])
-
-
 @pytest.mark.parametrize("jit", [False, True])
 def test_batches_are_padded_no_more_than_need_be(trained, jit):
     trained.compile(jit_compile=jit)
@@ -256,12 +236,6 @@ def test_batches_are_padded_no_more_than_need_be(trained, jit):
         lengths.add(mask.shape[1])
         assert jit or mask.sum(1).max() == mask.shape[1]
     assert not jit or lengths <= {8, 16, 24, 32}
-
-
-@pytest.mark.skipif(ON_TENSORFLOW, reason="TensorFlow writes it")
-def test_another_backend_says_how_to_export(trained, tmp_path):
-    with pytest.raises(ValueError, match="KERAS_BACKEND=tensorflow"):
-        trained.export(tmp_path / "model")
 
 
 def test_text_that_the_vocabulary_has_never_seen(trained):

@@ -1,109 +1,131 @@
-"""TensorFlow SavedModels with the tokenizer inside: strings in, probabilities or strings out."""
+"""TensorFlow SavedModels that need nothing but TensorFlow: strings in, strings or probabilities out.
 
+It knows no task: a task says by `serving` what it offers.
+"""
+
+import json
 import os
 import pathlib
 import shutil
-
-import keras
-import numpy as np
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from keras_llama import backend
 from keras_llama.config import invalid
-from keras_llama.samplers import Settings
+from keras_llama.export.graph_text import GraphText
+
+# Dtype and number of axes of what signatures take.
+STRINGS, NUMBERS, IDS, INTEGER, NUMBER = ("string", 1), ("int32", 1), ("int32", 2), ("int32", 0), ("float32", 0)
+METADATA = "keras_llama.json"
+_IN_TENSORFLOW = """
+import sys
+import keras, keras_llama
+source, target = sys.argv[1:]
+keras.saving.load_model(source, compile=False).export(target)
+"""
 
 
-def export_classifier(task, filepath):
-    """Writes a text classifier as a SavedModel; see `LlamaTextClassifier.export`."""
-    _write(task, filepath, _classifier)
+class Signature(NamedTuple):
+    """One function of a SavedModel.
+
+    Attributes:
+        call: takes the inputs in turn, gives a dict of tensors.
+        inputs: dtype and number of axes of each, by name; all axes are open.
+        defaults: what `serving_default`, which takes the other inputs only, puts in for the last ones.
+    """
+
+    call: Callable[..., dict[str, Any]]
+    inputs: Mapping[str, tuple[str, int]]
+    defaults: tuple = ()
 
 
-def export_seq2seq(task, filepath, max_new_tokens=None):
-    """Writes an encoder-decoder with greedy decoding as a SavedModel; see `LlamaSeq2SeqLM.export`."""
-    _write(task, filepath, _translator, max_new_tokens)
-
-
-def _write(task, filepath, function, *options):
-    """Checks, then writes what `function(task, tokenizer, *options)` computes from a batch of strings."""
-    if backend.name() != "tensorflow":
-        raise invalid(
-            "A SavedModel is written on the TensorFlow backend.",
-            "Save the task as .keras, and load and export it in a process with KERAS_BACKEND=tensorflow.",
-            backend=backend.name(),
-        )
-    if task.preprocessor is None:
-        raise invalid("`export` needs a task with a preprocessor, to take strings.", preprocessor=None)
-    if task.preprocessor.tokenizer.proto is None:
-        raise invalid(
-            "`export` needs a tokenizer with a SentencePiece model: byte-pair encoding is not in the graph yet.",
-            "Save the task as .keras instead.",
-            tokenizer=type(task.preprocessor.tokenizer).__name__,
-        )
+def export(task, filepath, overwrite: bool = False, versioned: bool = False) -> None:
+    """Writes a task as a SavedModel; see `Task.export`."""
     path = pathlib.Path(filepath)
-    if path.exists():
-        raise invalid("`filepath` must not exist yet.", "Remove it or choose another name.", filepath=str(path))
-    import tensorflow as tf
-    import tensorflow_text
-
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
+        raise invalid(
+            "`filepath` must be a directory that is new or empty.", "Or pass overwrite=True.", filepath=str(path)
+        )
+    unfinished, former = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "former"))
+    for leftover in (unfinished, former):
+        shutil.rmtree(leftover, ignore_errors=True)
+    inside = unfinished / "1" if versioned else unfinished
     try:
-        # Raw variables, stored once. A Keras model as attribute would put every variable into the graph
-        # twice, and session loaders (TensorFlow Serving) would not find them.
-        module = tf.Module()
-        module.variables_once = [variable.value for variable in task.variables]
-        module.tokenizer = tensorflow_text.SentencepieceTokenizer(model=task.preprocessor.tokenizer.proto)
-        signature = [tf.TensorSpec([None], tf.string, name="text")]
-        module.serve = tf.function(function(task, module.tokenizer, *options), signature, autograph=False)
-        tf.saved_model.save(module, str(unfinished), signatures={"serving_default": module.serve})
+        (_write if backend.name() == "tensorflow" else _write_elsewhere)(task, inside)
+        if path.exists():
+            os.replace(path, former)
         os.replace(unfinished, path)
     finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for leftover in (unfinished, former):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _encode(text, tokenizer, texts):
-    """Strings (B,) -> token ids and padding mask int32 (B, T), as the preprocessor `text` makes them."""
+def _write(task, path: pathlib.Path) -> None:
+    import keras
     import tensorflow as tf
 
-    specials = int(text.add_bos) + int(text.add_eos)
-    rows = tokenizer.tokenize(texts)[:, : text.sequence_length - specials]  # ragged (B, T_i)
-    if text.add_bos:
-        rows = tf.concat([tf.fill([rows.nrows(), 1], text.tokenizer.bos_id), rows], axis=1)
-    if text.add_eos:
-        rows = tf.concat([rows, tf.fill([rows.nrows(), 1], text.tokenizer.eos_id)], axis=1)
-    return rows.to_tensor(text.tokenizer.pad_id), tf.ones_like(rows).to_tensor(0)
+    text = None if task.preprocessor is None else GraphText(task.preprocessor)
+    if text is None:
+        warnings.warn("The SavedModel takes token ids: the task has no preprocessor for strings.", stacklevel=3)
+    offered: dict[str, Signature] = task.serving(text)
+    # Raw variables, stored once. A Keras model as attribute would put every variable into the graph
+    # twice, and session loaders (TensorFlow Serving) would not find them.
+    module = tf.Module()
+    module.variables_once = [variable.value for variable in task.variables]
+    functions = {name: _function(signature) for name, signature in offered.items()}
+    first = next(iter(functions))
+    functions["serving_default"] = _function(offered[first], *offered[first].defaults)
+    module.functions = functions
+    try:
+        tf.saved_model.save(module, str(path), functions)
+    except (OSError, tf.errors.OpError) as error:
+        raise OSError(f"The SavedModel could not be written to {path.parent}: {error}") from error
+    limits = {"context_length": task.backbone.config.context_length}
+    if task.preprocessor is not None:
+        limits["sequence_length"] = task.preprocessor.sequence_length
+    described = {
+        "task": type(task).__name__,
+        "labels": getattr(task, "labels", None),
+        "limits": limits,
+        "serving_default": first,
+        "signatures": {name: list(signature.inputs) for name, signature in offered.items()},
+        "versions": {"keras": keras.__version__, "tensorflow": tf.__version__},
+    }
+    (path / METADATA).write_text(json.dumps(described, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _classifier(task, tokenizer):
+def _function(signature: Signature, *fixed):
+    """A signature as a TensorFlow function; its last inputs may be fixed."""
     import tensorflow as tf
 
-    names = task.labels or [str(i) for i in range(task.num_classes)]
-
-    def classify(texts):
-        inputs = dict(zip(("token_ids", "padding_mask"), _encode(task.preprocessor, tokenizer, texts), strict=True))
-        probabilities = task.probabilities(keras.Model.__call__(task, inputs, training=False))
-        outputs = {"probabilities": probabilities}
-        if task.problem_type == "single":
-            outputs["label"] = tf.gather(names, tf.argmax(probabilities, axis=-1))
-        return outputs
-
-    return classify
+    inputs = list(signature.inputs.items())
+    free = len(inputs) - len(fixed)
+    specs = [tf.TensorSpec([None] * rank, dtype, name) for name, (dtype, rank) in inputs[:free]]
+    constants = [tf.constant(x, dtype) for x, (_, (dtype, _)) in zip(fixed, inputs[free:], strict=True)]
+    return tf.function(lambda *values: signature.call(*values, *constants), specs, autograph=False)
 
 
-def _translator(task, tokenizer, max_new_tokens):
-    import tensorflow as tf
-
-    loop, stops = task.token_loop, np.array(sorted(task.stop_ids) or [-1], "int32")
-    longest = max_new_tokens or task.preprocessor.sequence_length - 1
-
-    def generate(texts):
-        ids, mask = _encode(task.preprocessor, tokenizer, texts)
-        rows = tf.shape(ids)[0]
-        prompts = tf.fill([rows, 1], tf.constant(task.start_id, tf.int32))
-        context = (task.remember(ids, mask), mask)
-        new = loop.greedy(prompts, longest, Settings().checked(), stops, context)
-        # What follows the stop token is 0; 0, the stop tokens and ids that no text has are written as nothing.
-        written = tf.reduce_all(new[..., None] != tf.constant([0, *stops.tolist()]), axis=-1)
-        written &= new < tokenizer.vocab_size()
-        return {"text": tokenizer.detokenize(tf.ragged.boolean_mask(new, written))}
-
-    return generate
+def _write_elsewhere(task, path: pathlib.Path) -> None:
+    """Has a TensorFlow process write it."""
+    with tempfile.TemporaryDirectory() as folder:
+        saved = pathlib.Path(folder, "task.keras")
+        task.save(saved)
+        done = subprocess.run(
+            [sys.executable, "-c", _IN_TENSORFLOW, str(saved), str(path)],
+            env={**os.environ, "KERAS_BACKEND": "tensorflow"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        reason = done.stderr.strip().splitlines()
+        raise invalid(
+            "The TensorFlow process that writes a SavedModel failed.",
+            "It needs tensorflow installed beside this backend.",
+            backend=backend.name(),
+            error=reason[-1] if reason else done.returncode,
+        )

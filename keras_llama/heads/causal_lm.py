@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_llama import backend, dialogue
 from keras_llama.config import invalid
+from keras_llama.export.saved_model import STRINGS, Signature
 from keras_llama.generation import TokenLoop
 from keras_llama.heads import completion
 from keras_llama.heads.inputs import are_ids
@@ -223,6 +224,29 @@ class LlamaCausalLM(LanguageModel):
             token = self.preprocessor.tokenizer.token
             answers = [{"tokens": [token(i) for i in answer["token_ids"]], **answer} for answer in answers]
         return answers[0] if isinstance(texts, str) else answers
+
+    def serving(self, text):
+        if text is None:
+            return super().serving(text)
+        context = self.backbone.config.context_length or self.preprocessor.sequence_length
+        continued, inputs, defaults = self.generating(self._loop, text, context)
+
+        def generate(prompts, *sampling):
+            rows, ids, mask = text.prompts(prompts, context - 1)
+            new, stopped = continued(rows, ids, mask, (), *sampling)
+            return {"texts": prompts + text.completion(rows, new), "stopped": stopped}
+
+        def score(texts):
+            rows = text.rows(texts, context, self.preprocessor.add_bos, False)
+            ids, mask = text.padded(rows), text.mask(rows)
+            known = ops.cast(mask[:, 1:], "float32")
+            return {"log_probs": self._log_probs(ids, mask) * known, "token_ids": ids, "lengths": ops.sum(mask, axis=1)}
+
+        return {
+            "generate": Signature(generate, {"prompts": STRINGS, **inputs}, defaults),
+            "score": Signature(score, {"texts": STRINGS}),
+            **super().serving(text),
+        }
 
     @functools.cached_property
     def _loop(self):

@@ -8,11 +8,14 @@ import functools
 import keras
 
 from keras_llama.config import invalid
+from keras_llama.export.saved_model import INTEGER, NUMBER
+from keras_llama.heads.plan import make_plan
 from keras_llama.heads.task import Task
 from keras_llama.layers import kernel_initializer
 from keras_llama.losses import TokenCrossentropy, token_metrics
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_SAMPLING = {"max_new_tokens": INTEGER, "temperature": NUMBER, "top_k": INTEGER, "top_p": NUMBER, "seed": INTEGER}
 
 
 class LanguageModel(Task):
@@ -69,6 +72,38 @@ class LanguageModel(Task):
         if given is None:
             given = [] if self.preprocessor is None else [self.preprocessor.tokenizer.eos_id]
         return {int(i) for i in (given if isinstance(given, (list, tuple)) else [given]) if i >= 0}
+
+    def generating(self, loop, text, context_length, **defaults):
+        """What `serving` needs to generate: a function, its inputs after the texts, and their defaults.
+
+        Args:
+            loop: the `TokenLoop`.
+            text: the `GraphText`.
+            context_length: most tokens of a row.
+            **defaults: of `generate`, over those of `generation_config`.
+
+        Returns:
+            A function (rows, ids, mask, context, max_new_tokens, temperature, top_k, top_p, seed) -> new rows, and
+            why each ended; the last five as inputs of a `Signature`, and their defaults.
+        """
+        plan = make_plan(
+            {**defaults, **self.generation_config},
+            [1],
+            context_length,
+            max_new_tokens=None,
+            num_beams=1,
+            length_penalty=None,
+            seed=0,
+            stops=(self.stop_ids, ()),
+        )
+        own = plan.settings
+
+        def continued(rows, ids, mask, context, max_new_tokens, temperature, top_k, top_p, seed):
+            settings = own._replace(temperature=temperature, top_k=top_k, top_p=top_p)
+            limits = (context_length, max_new_tokens, settings, seed)
+            return text.continued(loop, rows, ids, mask, *limits, context, self.stop_ids)
+
+        return continued, _SAMPLING, (plan.max_new_tokens, own.temperature, own.top_k, own.top_p, 0)
 
     def default_loss(self):
         return TokenCrossentropy()

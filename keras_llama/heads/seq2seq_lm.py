@@ -13,6 +13,7 @@ import numpy as np
 from keras_llama import backend
 from keras_llama.attention import record
 from keras_llama.config import invalid
+from keras_llama.export.saved_model import STRINGS, Signature
 from keras_llama.generation import TokenLoop
 from keras_llama.heads import completion
 from keras_llama.heads.inputs import are_ids, is_token_ids
@@ -272,22 +273,20 @@ class LlamaSeq2SeqLM(LanguageModel):
         token = self.preprocessor.tokenizer.token
         return [token(int(i)) for i in sources], [token(int(i)) for i in targets[1:]], crossing
 
-    def export(self, filepath, max_new_tokens=None):
-        """Writes a SavedModel that takes a batch of strings: `serving_default`, texts -> text, decoded greedily.
+    def serving(self, text):
+        if text is None:
+            return super().serving(text)
+        longest = self.preprocessor.sequence_length
+        context = self.backbone.config.context_length or longest
+        continued, inputs, defaults = self.generating(self.token_loop, text, context, max_new_tokens=longest - 1)
 
-        To be loaded by a process that imports tensorflow and tensorflow_text. A source that is too long is cut.
+        def translate(sources, *sampling):
+            ids, mask = text.encode(sources)
+            rows, *starts = text.starting(ids, self.start_id)
+            new, stopped = continued(rows, *starts, (self.remember(ids, mask), mask), *sampling)
+            return {"texts": text.decode(new), "stopped": stopped}
 
-        Args:
-            filepath: a directory that does not exist yet.
-            max_new_tokens: most tokens of a target; `sequence_length` - 1 unless given.
-
-        Raises:
-            ValueError: on another backend than TensorFlow, without a preprocessor, if its tokenizer has no
-                SentencePiece model, or if `filepath` exists.
-        """
-        from keras_llama.export import saved_model
-
-        saved_model.export_seq2seq(self, filepath, max_new_tokens)
+        return {"translate": Signature(translate, {"sources": STRINGS, **inputs}, defaults), **super().serving(text)}
 
     def remember(self, token_ids, padding_mask):
         """Keys and values of cross-attention for sources int32 (B, S): a pair (B, S, K, H) per block."""

@@ -9,6 +9,8 @@ import numpy as np
 
 from keras_llama import backend
 from keras_llama.config import invalid
+from keras_llama.export import saved_model
+from keras_llama.export.saved_model import IDS, NUMBERS, STRINGS, Signature
 from keras_llama.heads.files import Files
 from keras_llama.heads.inputs import Inputs
 from keras_llama.preprocessing import Batches
@@ -164,6 +166,39 @@ class Task(Inputs, Files):
         restored = np.empty_like(outputs)
         restored[batches.order] = outputs
         return restored
+
+    def export(self, filepath, *, overwrite=False, versioned=False):
+        """Writes a TensorFlow SavedModel that needs nothing but TensorFlow; see docs/serving.md for its signatures.
+
+        Strings go in and strings or probabilities come out, with the ids and numbers of this task; without a
+        preprocessor it takes token ids, and a warning says so. Weights are stored once, beside `keras_llama.json`,
+        which names task, labels, limits and versions. On JAX and torch a TensorFlow process writes it.
+
+        Args:
+            filepath: a directory; written beside and then renamed.
+            overwrite: whether what `filepath` holds may be replaced.
+            versioned: write `filepath/1`, as TensorFlow Serving expects it.
+
+        Raises:
+            ValueError: if `filepath` holds files and `overwrite` is not set, or for a vocabulary whose ids a graph
+                would not give exactly.
+            OSError: if it cannot be written, such as on a full disk.
+        """
+        saved_model.export(self, filepath, overwrite, versioned)
+
+    def serving(self, text):
+        """The `Signature`s of the SavedModel by name, the default one first; `text` is a `GraphText` or `None`."""
+        if text is None:
+
+            def logits(*values):
+                inputs = dict(zip(self.input, values, strict=True))
+                return {"logits": keras.Model.__call__(self, inputs, training=False)}
+
+            return {"logits": Signature(logits, dict.fromkeys(self.input, IDS))}
+        return {
+            "tokenize": Signature(text.tokenize, {"texts": STRINGS}),
+            "detokenize": Signature(text.detokenize, {"token_ids": IDS, "lengths": NUMBERS}),
+        }
 
 
 def _hold_out(share, x, y, sample_weight):

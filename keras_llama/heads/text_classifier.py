@@ -6,6 +6,7 @@ from keras import ops
 
 from keras_llama.checkpoints import hf
 from keras_llama.config import invalid
+from keras_llama.export.saved_model import STRINGS, Signature
 from keras_llama.heads.task import Task
 from keras_llama.layers import kernel_initializer, register
 
@@ -202,18 +203,22 @@ class LlamaTextClassifier(Task):
             return ops.convert_to_tensor(logits)
         return ops.softmax(logits, axis=-1) if self.problem_type == "single" else ops.sigmoid(logits)
 
-    def export(self, filepath):
-        """Writes a SavedModel that takes a batch of strings: `serving_default`, texts -> probabilities, labels.
+    def serving(self, text):
+        if text is None:
+            return super().serving(text)
+        names = text.constant(self.labels or [str(i) for i in range(self.num_classes)])
 
-        To be loaded by a process that imports tensorflow and tensorflow_text.
+        def classify(texts):
+            inputs = dict(zip(("token_ids", "padding_mask"), text.encode(texts), strict=True))
+            probabilities = self.probabilities(keras.Model.__call__(self, inputs, training=False))
+            answer = {"probabilities": probabilities}
+            if self.problem_type != "regression":
+                answer["label_names"] = names
+            if self.problem_type == "single":
+                answer["labels"] = text.at(names, ops.argmax(probabilities, axis=-1))
+            return answer
 
-        Raises:
-            ValueError: on another backend than TensorFlow, without a preprocessor, if its tokenizer has no
-                SentencePiece model, or if `filepath` exists.
-        """
-        from keras_llama.export import saved_model
-
-        saved_model.export_classifier(self, filepath)
+        return {"classify": Signature(classify, {"texts": STRINGS}), **super().serving(text)}
 
     def get_config(self):
         return {
