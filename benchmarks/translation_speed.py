@@ -7,6 +7,7 @@ divided by the turn of the other beside it, since a machine's pace changes from 
 """
 
 import argparse
+import random
 import statistics
 import types
 
@@ -71,7 +72,9 @@ def main() -> None:
     flags.add_argument("--optimizer", choices=common.OPTIMIZERS, default=common.OPTIMIZERS[0])
     args = flags.parse_args()
     rows = translation.split(args.data)["train"]
-    targets = translators.joint_vocabulary(rows, VOCABULARY_SIZE).encode([target for _, target in rows])
+    random.Random(0).shuffle(rows)  # the file is sorted by length
+    tokenizer = translators.joint_vocabulary(rows, VOCABULARY_SIZE)
+    targets = tokenizer.encode([target for _, target in rows[: args.steps * BATCH_SIZE]])
     tokens = BATCH_SIZE * (1 + statistics.mean(map(len, targets)))
     own, other = (make(rows, args.optimizer, tokens) for make in (project, keras_hub))
     speeds = [[turn.tokens_per_second(args.steps) for turn in (own, other)] for _ in range(args.rounds + 1)][1:]
