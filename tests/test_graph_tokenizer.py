@@ -104,6 +104,14 @@ def test_random_text(python, graph, rng):
     same(texts, graph.decode(ids), python.decode(ids))
 
 
+def test_words_that_no_merges_lead_to(request):
+    python = real(request, "llama3")
+    found = tables(python)
+    texts = [text for text in (piece.decode("utf-8", "ignore") for piece in found.whole) if text]
+    assert len(texts) > 300
+    same(texts, Graph(found).encode(texts), python.encode(texts))
+
+
 def test_what_is_no_utf8_counts_as_the_replacement_character(python, graph):
     assert graph.encode([b"a\xffb", "a\ufffdb"]) == python.encode(["a\ufffdb"]) * 2
 
