@@ -1,6 +1,7 @@
 """SavedModels: strings in, strings or probabilities out, in a process that has TensorFlow and nothing else of this."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -293,8 +294,23 @@ def test_a_former_folder_is_kept_unless_it_may_go(tokenizer, tmp_path, monkeypat
         patch.setattr(tf.saved_model, "save", full)
         with pytest.raises(OSError, match=r"could not be written.*No space left"):
             classifier(tokenizer).export(tmp_path / "model", overwrite=True)
+    rename = os.replace
+
+    def locked(source, target):
+        if str(source).endswith("unfinished"):
+            raise PermissionError("locked")
+        rename(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", locked)
+        with pytest.raises(PermissionError):
+            classifier(tokenizer).export(tmp_path / "model", overwrite=True)
     assert (tmp_path / "model" / "mine.txt").read_text() == "kept"
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    (tmp_path / "model").rename(tmp_path / ".model.former")  # cut off between the renames
+    with pytest.raises(ValueError, match="new or empty"):
+        classifier(tokenizer).export(tmp_path / "model")
+    assert (tmp_path / "model" / "mine.txt").read_text() == "kept"
     classifier(tokenizer).export(tmp_path / "model", overwrite=True)
     assert not (tmp_path / "model" / "mine.txt").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -46,22 +46,28 @@ class Signature(NamedTuple):
 def export(task, filepath, overwrite: bool = False, versioned: bool = False) -> None:
     """Writes a task as a SavedModel; see `Task.export`."""
     path = pathlib.Path(filepath)
+    unfinished, former = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "former"))
+    if former.exists() and not path.exists():  # an export was cut off between its two renames
+        os.replace(former, path)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise invalid(
             "`filepath` must be a directory that is new or empty.", "Or pass overwrite=True.", filepath=str(path)
         )
-    unfinished, former = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "former"))
-    for leftover in (unfinished, former):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(unfinished, ignore_errors=True)
     inside = unfinished / "1" if versioned else unfinished
     try:
         (_write if backend.name() == "tensorflow" else _write_elsewhere)(task, inside)
         if path.exists():
             os.replace(path, former)
-        os.replace(unfinished, path)
+        try:
+            os.replace(unfinished, path)
+        except OSError:
+            if former.exists():
+                os.replace(former, path)
+            raise
     finally:
-        for leftover in (unfinished, former):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
+    shutil.rmtree(former, ignore_errors=True)
 
 
 def _write(task, path: pathlib.Path) -> None:
