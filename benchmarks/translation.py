@@ -114,8 +114,8 @@ def peer(train, sources, minutes, name, parameters, seed):
         return settings.build(tokenizer.vocabulary_size, width, settings.depth, settings.dropout, tokenizer.pad_id)
 
     model = build(peers.fitting_width(build, parameters))
-    # XLA was slower here, and compiles for each shape.
-    muon = common.optimizer("muon", settings.learning_rate, WEIGHT_DECAY, "embedding")  # which is the head, too
+    # The embedding is the head, too. XLA was slower here, and compiles for each shape.
+    muon = common.optimizer("muon", settings.learning_rate, WEIGHT_DECAY, "embedding", settings.adam_lr_ratio)
     model.compile(muon, TokenCrossentropy(LABEL_SMOOTHING), jit_compile=False)
     budget = Budget(settings.learning_rate, minutes)
     read, written = tokenizer.encode(english, add_eos=True), tokenizer.encode(chinese, add_bos=True, add_eos=True)

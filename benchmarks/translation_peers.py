@@ -217,10 +217,11 @@ class Settings:
     depth: int
     dropout: float
     learning_rate: float  # of Muon
+    adam_lr_ratio: float  # the rate of AdamW's part, over it
     dtype: str
 
 
 SETTINGS = {
-    "lstm": Settings(lstm, 1, 0.2, 1e-2, "float32"),
-    "keras_hub": Settings(keras_hub_transformer, 2, 0.1, 4e-3, "mixed_bfloat16"),
+    "lstm": Settings(lstm, 1, 0.2, 1e-2, 2.0, "float32"),
+    "keras_hub": Settings(keras_hub_transformer, 2, 0.1, 8e-3, 1.0, "mixed_bfloat16"),
 }

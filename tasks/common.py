@@ -169,13 +169,16 @@ def plot_alignment(path: str | os.PathLike, source: list[str], target: list[str]
         pyplot.close(figure)
 
 
-def optimizer(name: str, rate: Any, weight_decay: float, head: str) -> Any:
-    """One of `OPTIMIZERS`, gradients clipped; Muon leaves vectors, embeddings and layer `head` to AdamW at 2 `rate`."""
+def optimizer(name: str, rate: Any, weight_decay: float, head: str, adam_lr_ratio: float = 2.0) -> Any:
+    """One of `OPTIMIZERS`, gradients clipped; Muon leaves vectors, embeddings and layer `head` to AdamW.
+
+    `adam_lr_ratio` times `rate` is the rate of that AdamW.
+    """
     import keras
 
     if name == "adamw":
         return keras.optimizers.AdamW(rate, weight_decay=weight_decay, global_clipnorm=1.0)
-    adam = {"adam_weight_decay": weight_decay, "adam_lr_ratio": 2.0, "adam_beta_2": 0.98}
+    adam = {"adam_weight_decay": weight_decay, "adam_lr_ratio": adam_lr_ratio, "adam_beta_2": 0.98}
     return keras.optimizers.Muon(
         rate, **adam, weight_decay=weight_decay, ns_steps=3, exclude_layers=[head], global_clipnorm=1.0
     )

@@ -31,7 +31,7 @@ GGML = "tokenizer.ggml."
 
 def _byte_fields(pre="gpt-2", **changes):
     """GGUF's fields of a small byte-level tokenizer."""
-    letters = [chr(code) for code in tokenizer_files._byte_characters().values()]
+    letters = [chr(code) for code in tokenizer_files.byte_characters().values()]
     tokens = [*letters, "oo", "Ġf", "goo", "good", "20", "<s>", "</s>", "<tool>"]
     kinds = [1] * (len(tokens) - 3) + [3, 3, 4]
     fields = {
