@@ -123,6 +123,18 @@ def bucket(length: int) -> int:
     return power * 3 // 4 if length <= power * 3 // 4 else power
 
 
+def buckets(longest: int) -> list[int]:
+    """All lengths that `bucket` gives up to the one for `longest`.
+
+    >>> buckets(40)
+    [8, 16, 24, 32, 48]
+    """
+    found = [bucket(1)]
+    while found[-1] < longest:
+        found.append(bucket(found[-1] + 1))
+    return found
+
+
 class Compiled:
     """A function of arrays and of a model's weights, compiled for the running backend, never for training.
 

@@ -49,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     exporting.add_argument("--dtype", help="of the weights; default: what the checkpoint was saved in")
     exporting.add_argument("--overwrite", action="store_true")
     exporting.add_argument("--versioned", action="store_true", help="write OUTPUT/1, for TensorFlow Serving")
+    exporting.add_argument("--jit", action="store_true", help="compiled by XLA, once for each bucket of lengths")
     command("verify", verify, "Compare a checkpoint with Transformers, block by block.")
     command("info", info, "Say what a checkpoint holds, without reading its weights.")
     return flags
@@ -103,7 +104,7 @@ def export(args: argparse.Namespace) -> None:
     import keras_llama
 
     lm = keras_llama.LlamaCausalLM.from_preset(args.preset, dtype=args.dtype)
-    lm.export(args.output, overwrite=args.overwrite, versioned=args.versioned)
+    lm.export(args.output, overwrite=args.overwrite, versioned=args.versioned, jit=args.jit)
     print(f"{args.output}: {lm.count_params():,} parameters, {lm.dtype_policy.variable_dtype}")
 
 

@@ -124,19 +124,19 @@ class TokenLoop:
         return search.best()
 
     def in_graph(self, prompts, mask, seen, max_new_tokens, settings, stop_ids, uniforms, context=()):
-        """New token ids int32 (B, `max_new_tokens`) inside somebody's graph, where all sizes may be open.
+        """New token ids int32 (B, S - T) inside somebody's graph, where all sizes may be open.
 
         Args:
-            prompts, mask: int32 (B, T), padded on the left.
+            prompts: int32 (B, T), padded on the left.
+            mask: int32 (B, S), the prompts' and 0 for at least `max_new_tokens` behind them.
             seen: bool (B, V), tokens of the prompts, for the repetition penalty.
             max_new_tokens: most tokens to add; an integer or a scalar tensor.
             settings: `samplers.Settings` as arrays or tensors.
             stop_ids: ids that end a row; what follows them in a row is padding.
-            uniforms: float32 (B, T + `max_new_tokens`), of the sampling.
+            uniforms: float32 (B, S), of the sampling.
             context: as in `generate`.
         """
         first = ops.shape(prompts)[1]
-        mask = ops.pad(mask, [[0, 0], [0, max_new_tokens]])
         sampling = (settings, ops.convert_to_tensor(np.array(sorted(stop_ids) or [-1], "int32")), uniforms)
         state = self._prefill_and_choose(prompts, mask, seen, context, *sampling)
         last = ops.cast(first + max_new_tokens, "int32")

@@ -80,7 +80,7 @@ def _yarn_attention_factor(scaling: dict[str, Any]) -> float:
 
 def rotary_angles(positions, frequencies, factor=1.0):
     """cos and sin of position x frequency, scaled by `factor`: (B, T) -> two float32 (B, T, H/2)."""
-    angles = ops.cast(positions, "float32")[..., None] * ops.convert_to_tensor(frequencies, "float32")
+    angles = ops.expand_dims(ops.cast(positions, "float32"), -1) * ops.convert_to_tensor(frequencies, "float32")
     return ops.cos(angles) * factor, ops.sin(angles) * factor
 
 

@@ -11,6 +11,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+import vocabularies
 
 import keras_llama
 from tasks import common
@@ -261,6 +262,68 @@ def test_a_large_text_is_cut_and_bounded(tokenizer, tmp_path):
 
 
 @needs_tensorflow
+@pytest.mark.parametrize("task", ["classify", "generate", "translate"])
+def test_xla_compiles_the_model(tokenizer, make_backbone, tmp_path, task):
+    texts = TEXTS[:2]
+    if task == "classify":
+        model = classifier(tokenizer)
+    else:
+        model = translator(tokenizer) if task == "translate" else language_model(tokenizer, make_backbone)
+    model.export(tmp_path / "model", jit=True)
+    assert b"_XlaMustCompile" in (tmp_path / "model" / "saved_model.pb").read_bytes()
+    if task == "classify":
+        found = call(tmp_path / "model", task, texts)["probabilities"]
+        np.testing.assert_allclose(found, model.probabilities(model.predict(texts, verbose=0)), atol=1e-5)
+        return
+    found = call(tmp_path / "model", task, texts, 9, 0.0, 0, 1.0, 0)["texts"]
+    assert readable(strings(found)) == readable(model.generate(texts, 9))
+    if task == "generate":
+        scores = call(tmp_path / "model", "score", texts)
+        for row, size, expected in zip(scores["log_probs"], scores["lengths"], model.score(texts), strict=True):
+            np.testing.assert_allclose(row[: size - 1], expected["log_probs"], atol=1e-4)
+
+
+@needs_tensorflow
+def test_a_vocabulary_that_needs_tensorflow_text_says_so(tmp_path):
+    model = classifier(vocabularies.trained(TEXTS[:3] * 9, model_type="unigram", vocab_size=40))
+    with pytest.warns(UserWarning, match="must import tensorflow_text"):
+        model.export(tmp_path / "model")
+    answer = common.serve(tmp_path / "model", TEXTS[:3])
+    expected = model.probabilities(model.predict(TEXTS[:3], verbose=0))
+    np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-6)
+
+
+@needs_tensorflow
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_a_program_in_cpp(vocabulary, make_backbone, tmp_path):
+    import tensorflow as tf
+
+    model = language_model(vocabulary, make_backbone, max_new_tokens=8)
+    model.export(tmp_path / "model")
+    libraries = pathlib.Path(tf.sysconfig.get_lib())
+    program = pathlib.Path(__file__).with_name("consumer.cc")
+    command = ["g++", "-std=c++17", program, "-o", tmp_path / "consumer", *tf.sysconfig.get_compile_flags()]
+    command += [f"-L{libraries}", "-l:libtensorflow_cc.so.2", "-l:libtensorflow_framework.so.2"]
+    subprocess.run([*map(str, command), f"-Wl,-rpath,{libraries}"], check=True)
+    arguments = [tmp_path / "consumer", tmp_path / "model", *tensor_names(tmp_path / "model", "texts"), *TEXTS[:3]]
+    done = subprocess.run([*map(str, arguments)], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    texts = done.stdout.decode().split("\0")[:-1]
+    assert readable(texts) == readable(model.generate(TEXTS[:3]))
+
+
+def tensor_names(directory, output):
+    """Operation of the only input of `serving_default`, operation and number of one of its outputs."""
+    from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
+
+    saved = SavedModel.FromString((directory / "saved_model.pb").read_bytes())
+    signature = saved.meta_graphs[0].signature_def["serving_default"]
+    (source,) = signature.inputs.values()
+    return [source.name.split(":")[0], *signature.outputs[output].name.split(":")]
+
+
+@needs_tensorflow
 def test_without_a_preprocessor_it_takes_ids(make_backbone, tmp_path):
     model = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
     with pytest.warns(UserWarning, match="takes token ids"):
@@ -268,6 +331,17 @@ def test_without_a_preprocessor_it_takes_ids(make_backbone, tmp_path):
     ids, mask = np.array([[5, 8, 2]]), np.ones((1, 3))
     found = call(tmp_path / "model", "logits", ids, mask)["logits"]
     np.testing.assert_allclose(found, model.predict({"token_ids": ids, "padding_mask": mask}, verbose=0), atol=1e-6)
+    with pytest.raises(ValueError, match="`jit` needs a preprocessor"):
+        model.export(tmp_path / "other", jit=True)
+
+
+@needs_tensorflow
+def test_ids_go_in_beside_strings(tokenizer, make_backbone, tmp_path):
+    model = language_model(tokenizer, make_backbone)
+    model.export(tmp_path / "model")
+    ids, mask = np.array([[5, 8, 2]]), np.ones((1, 3))
+    found = call(tmp_path / "model", "logits", ids, mask)["logits"]
+    np.testing.assert_allclose(found, model.predict({"token_ids": ids, "padding_mask": mask}, verbose=0), atol=1e-5)
 
 
 @needs_tensorflow
@@ -275,6 +349,16 @@ def test_the_layout_of_tensorflow_serving(tokenizer, tmp_path):
     classifier(tokenizer).export(tmp_path / "model", versioned=True)
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["1"]
     assert common.serve(tmp_path / "model" / "1", ["a"])["labels"][0] in ("bad", "good")
+
+
+@pytest.mark.plain
+def test_the_configuration_of_tensorflow_serving_can_be_read():
+    text_format = pytest.importorskip("google.protobuf.text_format")
+    config = pytest.importorskip("tensorflow_serving.config.model_server_config_pb2")
+    page = (pathlib.Path(__file__).parents[1] / "docs/serving.md").read_text()
+    (block,) = re.findall(r"```text\n(model_config_list.*?)```", page, re.DOTALL)
+    found = text_format.Parse(block, config.ModelServerConfig()).model_config_list.config
+    assert [entry.base_path for entry in found] == ["/models/llama", "/models/sentiment"]
 
 
 @needs_tensorflow
@@ -319,7 +403,11 @@ def test_a_former_folder_is_kept_unless_it_may_go(tokenizer, tmp_path, monkeypat
 @pytest.mark.skipif(ON_TENSORFLOW, reason="the other backends have TensorFlow write it")
 def test_a_process_that_fails_is_told(tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr("keras_llama.export.saved_model._IN_TENSORFLOW", "raise RuntimeError('no TensorFlow here')")
-    with pytest.raises(ValueError, match="no TensorFlow here"):
+    with pytest.raises(RuntimeError, match="no TensorFlow here"):
+        classifier(tokenizer).export(tmp_path / "model")
+    refused = "raise ValueError('not this vocabulary')"
+    monkeypatch.setattr("keras_llama.export.saved_model._IN_TENSORFLOW", refused)
+    with pytest.raises(ValueError, match="not this vocabulary"):
         classifier(tokenizer).export(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 

@@ -106,6 +106,13 @@ def test_defaults_come_from_the_generation_config(chat_lm):
     assert chat_lm.generate(PROMPTS, 12, temperature=0) == greedy
     assert chat_lm.generate(PROMPTS, 12, top_k=1) == greedy
     assert chat_lm.generate(PROMPTS, temperature=0) == chat_lm.generate(PROMPTS, 3, temperature=0)
+    for stated in (
+        {"temperature": 0.0},
+        {"temperature": 5.0, "do_sample": False},
+        {"do_sample": True, "temperature": 0},
+    ):
+        chat_lm.generation_config = stated
+        assert chat_lm.generate(PROMPTS, 12) == greedy, stated
 
 
 def test_chat_answers_by_the_template(chat_lm):

@@ -137,11 +137,7 @@ def test_golden_ids(shared_data, name, kind):
         fields = gguf_tokenizer.to_gguf(tokenizer.files)
         tokenizer = open_tokenizer(gguf_tokenizer.from_gguf(fields))
         assert isinstance(tokenizer, BytePairTokenizer)
-    stem = shared_data / "checkpoints" / f"{name}_tokenizer/goldens/ggml-vocab-llama-{kind}.gguf"
-    texts = stem.with_name(stem.name + ".inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
-    lines = stem.with_name(stem.name + ".out").read_text().split("\n")  # one is empty, as its text is
-    golden = [[int(i) for i in line.split()] for line in lines]
-    assert len(texts) == len(golden) == 47
+    texts, golden = vocabularies.goldens(shared_data, name, kind)
     assert not _differences(texts, tokenizer.encode(texts), golden)
     assert tokenizer.decode(golden) == texts
 

@@ -2,13 +2,16 @@
 
 import functools
 import importlib.util
+import io
 import json
 import pathlib
+import random
 
 import pytest
+import sentencepiece
 
 from keras_llama.checkpoints import gguf, gguf_tokenizer
-from keras_llama.subword import open_tokenizer
+from keras_llama.subword import SentencePieceTokenizer, open_tokenizer
 
 TEXTS = [
     "a good film",
@@ -45,6 +48,37 @@ def shared_lines(root):
     return [*(text for pair in pairs for text in pair), *stories, *poems]
 
 
+def _strings(value):
+    """All strings inside a JSON document."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _strings(part)
+
+
+@functools.cache
+def sampled_texts(root, count):
+    """Some of all lines and JSON strings of the shared data, always the same ones."""
+    texts = []
+    for path in sorted(root.rglob("*")):
+        if path.suffix in (".txt", ".csv", ".tsv"):
+            texts += path.read_text().splitlines()
+        elif path.suffix == ".json":
+            texts += _strings(json.loads(path.read_text()))
+    return random.Random(0).sample(texts, count)
+
+
+def goldens(root, name, kind):
+    """The 47 texts that llama.cpp tests a vocabulary with, and their ids."""
+    stem = root / "checkpoints" / f"{name}_tokenizer/goldens/ggml-vocab-llama-{kind}.gguf"
+    texts = stem.with_name(stem.name + ".inp").read_bytes().decode().split("\n__ggml_vocab_test__\n")
+    lines = stem.with_name(stem.name + ".out").read_text().split("\n")  # one is empty, as its text is
+    ids = [[int(i) for i in line.split()] for line in lines]
+    assert len(texts) == len(ids) == 47
+    return texts, ids
+
+
 @functools.cache
 def model(root, name):
     return (root / "checkpoints" / f"{name}_tokenizer" / "tokenizer.model").read_bytes()
@@ -53,6 +87,14 @@ def model(root, name):
 @functools.cache
 def load(root, name):
     return open_tokenizer({"tokenizer.model": model(root, name)})
+
+
+def trained(texts, **options):
+    """A SentencePiece model of the library's own kind."""
+    written = io.BytesIO()
+    options = {"hard_vocab_limit": False, "minloglevel": 2, **options}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=written, **options)
+    return SentencePieceTokenizer({"tokenizer.model": written.getvalue()})
 
 
 @functools.cache

@@ -3,9 +3,29 @@
 Shapes: B texts, T tokens of the longest, N new tokens.
 """
 
+from keras_llama import backend
+from keras_llama.export.graph_sentencepiece import GraphSentencePiece
 from keras_llama.export.graph_tokenizer import GraphTokenizer
 from keras_llama.export.tables import tables
 from keras_llama.preprocessing import TextPreprocessor
+from keras_llama.subword import SentencePieceTokenizer
+from keras_llama.tokenizer import Tokenizer
+
+_LONGEST = 2**20  # tokens: there are buckets of lengths up to it
+
+
+def graph_tokenizer(tokenizer: Tokenizer) -> GraphTokenizer | GraphSentencePiece:
+    """The tokenizer as TensorFlow operations, core ones if that is possible.
+
+    Raises:
+        ValueError: for a vocabulary whose ids a graph would not give exactly.
+    """
+    try:
+        return GraphTokenizer(tables(tokenizer))
+    except ValueError:
+        if isinstance(tokenizer, SentencePieceTokenizer):
+            return GraphSentencePiece(tokenizer)
+        raise
 
 
 class GraphText:
@@ -13,15 +33,31 @@ class GraphText:
 
     Args:
         text: the preprocessor whose ids and limits they give.
+        jit: whether XLA compiles what a model does; lengths then go up to a bucket, so that there are few.
 
     Raises:
         ValueError: for a vocabulary whose ids a graph would not give exactly.
     """
 
-    def __init__(self, text: TextPreprocessor):
-        found = tables(text.tokenizer)
-        self._text, self._graph = text, GraphTokenizer(found)
-        self._longest = max(len(piece.decode("utf-8", "replace")) for piece in found.pieces)
+    def __init__(self, text: TextPreprocessor, jit: bool = False):
+        self._text, self._jit = text, jit
+        self._graph = graph_tokenizer(text.tokenizer)
+        self.needs, self.resources = self._graph.needs, self._graph.resources
+
+    def compiled(self, function):
+        """`function` of tensors, compiled by XLA for each new set of shapes if that was asked for."""
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True, autograph=False) if self._jit else function
+
+    def length(self, tokens):
+        """How many columns to make for some tokens, int32 ()."""
+        import tensorflow as tf
+
+        if not self._jit:
+            return tokens
+        buckets = tf.constant(backend.buckets(_LONGEST))
+        return tf.gather(buckets, tf.searchsorted(buckets, tokens[None])[0])
 
     def rows(self, texts, limit: int, add_bos: bool, add_eos: bool):
         """Strings (B,) -> ids, ragged int32 (B, None), cut to `limit` tokens: begin and end are kept."""
@@ -31,8 +67,7 @@ class GraphText:
         bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id >= 0 else []
         eos = [tokenizer.eos_id] if add_eos and tokenizer.eos_id >= 0 else []
         room = limit - len(bos) - len(eos)
-        # No more characters than can matter, so that a text of any size takes bounded time.
-        rows = self._graph.encode(texts, room * self._longest)[:, :room]
+        rows = self._graph.encode(texts, room)[:, :room]
         count = rows.nrows()
         ends = [tf.fill([count, len(ids)], tf.constant(ids[0], tf.int32)) if ids else None for ids in (bos, eos)]
         return tf.concat([part for part in (ends[0], rows, ends[1]) if part is not None], axis=1)
@@ -44,14 +79,20 @@ class GraphText:
 
     def padded(self, rows):
         """Ragged rows (B, None) -> int32 (B, T)."""
-        return rows.to_tensor(self._text.tokenizer.pad_id)
+        return self._dense(rows, self._text.tokenizer.pad_id)
 
-    @staticmethod
-    def mask(rows):
+    def mask(self, rows):
         """1 for each token of ragged rows (B, None), int32 (B, T)."""
         import tensorflow as tf
 
-        return tf.ones_like(rows).to_tensor(0)
+        return self._dense(tf.ones_like(rows), 0)
+
+    def _dense(self, rows, filling):
+        import tensorflow as tf
+
+        dense = rows.to_tensor(filling)
+        columns = tf.shape(dense)[1]
+        return tf.pad(dense, [[0, 0], [0, self.length(columns) - columns]], constant_values=filling)
 
     def prompts(self, texts, limit: int):
         """Strings (B,) -> rows, ragged; ids and mask int32 (B, T), padded on the left, as the token loop takes them.
@@ -93,44 +134,13 @@ class GraphText:
         same = (size >= start) & (tf.strings.substr(whole, tf.zeros_like(start), start) == known)
         return tf.where(same, after, self.decode(new))
 
-    def continued(self, loop, rows, ids, mask, context_length, max_new_tokens, settings, seed, context=(), stop_ids=()):
-        """What a `TokenLoop` adds to rows that `prompts` gave: ragged rows, and why each ended, int32 (B,).
-
-        Args:
-            loop, rows, ids, mask: of the model and of `prompts`.
-            context_length: most tokens of a row, old and new.
-            max_new_tokens, seed: int32 scalars.
-            settings: `samplers.Settings` of scalars.
-            context: as the loop takes it.
-            stop_ids: ids that end a row; they are left out.
-
-        Returns:
-            The new tokens, and 0 where `max_new_tokens`, 1 where a stop token, 2 where `context_length` ended a row.
-        """
-        import tensorflow as tf
-
-        wanted = tf.maximum(max_new_tokens, 1)
-        room = tf.minimum(wanted, context_length - tf.cast(rows.row_lengths(), tf.int32))  # (B,)
-        most = tf.reduce_max(tf.concat([room, [1]], 0))
-        count, length = tf.shape(ids)[0], tf.shape(ids)[1]
-        places = tf.stack([tf.cast(rows.value_rowids(), tf.int32), rows.flat_values], 1)
-        seen = tf.scatter_nd(places, tf.ones_like(rows.flat_values), [count, loop.config.vocabulary_size]) > 0
-        uniforms = tf.random.stateless_uniform([count, length + most], tf.stack([seed, 0]))
-        new = loop.in_graph(ids, mask, seen, most, settings, stop_ids, uniforms, context)
-        columns = tf.range(tf.shape(new)[1])[None, :]
-        stops = tf.reduce_any(new[..., None] == tf.constant(sorted(stop_ids) or [-1], tf.int32), -1)
-        stops &= columns < room[:, None]
-        stopped = tf.reduce_any(stops, axis=1)
-        end = tf.where(stopped, tf.argmax(stops, axis=1, output_type=tf.int32), room)
-        reason = tf.where(stopped, 1, tf.where(room < wanted, 2, 0))
-        return tf.ragged.boolean_mask(new, columns < end[:, None]), reason
-
     def tokenize(self, texts):
         """`token_ids` (B, T) of strings (B,), as the tokenizer gives them, and their `lengths` (B,)."""
         import tensorflow as tf
 
         rows = self._graph.encode(texts)
-        return {"token_ids": self.padded(rows), "lengths": tf.cast(rows.row_lengths(), tf.int32)}
+        token_ids = rows.to_tensor(self._text.tokenizer.pad_id)
+        return {"token_ids": token_ids, "lengths": tf.cast(rows.row_lengths(), tf.int32)}
 
     def detokenize(self, token_ids, lengths):
         """`texts` (B,) of what `tokenize` gave."""

@@ -1,10 +1,9 @@
 """A tokenizer inside a TensorFlow graph, of core operations only: strings -> ids as the tokenizer gives them, and back.
 
 Merging follows Sennrich et al., 2016, https://arxiv.org/abs/1508.07909: in every word the pair of the lowest rank,
-the leftmost first, until there is none. Shapes: B texts, U distinct words, L symbols of the longest of them.
+the leftmost first, until there is none. Shapes: B texts, U distinct words, L symbols of all words in a row, N any.
 """
 
-import itertools
 from collections.abc import Mapping
 
 import numpy as np
@@ -14,7 +13,6 @@ from keras_llama.export.words import MARK
 
 _NEVER = 2**31 - 1  # rank of a pair that is not merged
 _LAST = 2**63 - 1
-_LENGTHS = (0, 8, 24, 96, 2**31 - 1)  # bytes: so that one long word does not make rows of all others longer
 
 
 class GraphTokenizer:
@@ -30,6 +28,10 @@ class GraphTokenizer:
     [b'a good film', b'']
     """
 
+    # Nothing: core operations and constants.
+    needs: tuple[str, ...] = ()
+    resources: tuple = ()
+
     def __init__(self, found: Tables):
         import tensorflow as tf
 
@@ -38,10 +40,12 @@ class GraphTokenizer:
         self._characters = tf.constant(np.append(found.characters, _NEVER), tf.int32)
         self._character_ids = tf.constant(np.append(found.character_ids, -1), tf.int32)
         self._byte_ids = tf.constant(found.byte_ids, tf.int32)
+        self._neighbours = tf.constant(np.append(found.neighbours, _LAST), tf.int64)
         self._keys = tf.constant(np.append(found.keys, _LAST), tf.int64)
         self._ranks = tf.constant(np.append(found.ranks, _NEVER), tf.int32)
         self._results = tf.constant(np.append(found.results, -1), tf.int32)
         self._pieces = tf.constant(found.pieces)
+        self._longest = max(len(piece.decode("utf-8", "replace")) for piece in found.pieces)
         self._by_bytes = not len(found.characters)
         self._whole = _WholeWords(found.whole) if found.whole else None
         # Functions of their own: each is traced and stored once, however many signatures call it.
@@ -50,9 +54,10 @@ class GraphTokenizer:
         self._encoding = tf.function(self._encode, [strings, number], autograph=False)
         self._decoding = tf.function(self._decode, [rows], autograph=False)
 
-    def encode(self, texts, characters: int = _NEVER):
-        """Strings (B,) -> ids, ragged int32 (B, None), of at most so many characters; what is no UTF-8 is U+FFFD."""
-        return self._encoding(texts, characters)
+    def encode(self, texts, most=None):
+        """Strings (B,) -> ids, ragged int32 (B, None), `most` or more of each text; what is no UTF-8 is U+FFFD."""
+        # No more characters than can matter, so that a text of any size takes bounded time.
+        return self._encoding(texts, _NEVER if most is None else min(most * self._longest, _NEVER))
 
     def decode(self, ids):
         """Ids, ragged int32 (B, None) -> strings (B,). Ids beyond the vocabulary are written as nothing."""
@@ -64,13 +69,8 @@ class GraphTokenizer:
         texts = tf.strings.substr(_as_utf8(texts), 0, characters, unit="UTF8_CHAR")
         words = self._words(texts)  # ragged (B, None)
         distinct, places = tf.unique(words.flat_values)
-        length, rows, parts = tf.strings.length(distinct), [], []
-        for shortest, longest in itertools.pairwise(_LENGTHS):
-            rows.append(tf.where((length > shortest) & (length <= longest))[:, 0])
-            parts.append(self._word_ids(tf.gather(distinct, rows[-1])))
-        order = tf.math.invert_permutation(tf.concat(rows, 0))
-        ids = tf.gather(tf.concat(parts, 0), tf.gather(order, places))  # ragged, a row for each word
-        return tf.RaggedTensor.from_row_splits(ids, words.row_splits).merge_dims(1, 2)
+        ids = tf.gather(self._word_ids(distinct), places)  # ragged, a row for each word
+        return words.with_flat_values(ids).merge_dims(1, 2)
 
     def _decode(self, ids):
         import tensorflow as tf
@@ -97,87 +97,109 @@ class GraphTokenizer:
         symbols = self._bytes(words) if self._by_bytes else self._characters_or_bytes(words)
         if self._whole is not None:
             symbols = self._whole.put(words, symbols)
-        # Bytes without a token are dropped; a column more, so that no row is without one.
-        symbols = tf.ragged.boolean_mask(symbols, symbols >= 0).to_tensor(-1)
-        symbols = tf.pad(symbols, [[0, 0], [0, 1]], constant_values=-1)
-        return tf.RaggedTensor.from_tensor(self._merge(symbols), padding=-1)
+        symbols = tf.ragged.boolean_mask(symbols, symbols >= 0)  # bytes without a token are dropped
+        parts, rows = self._parts(symbols)
+        parts = parts.with_flat_values(self._merge(parts.flat_values, tf.cast(parts.value_rowids(), tf.int32)))
+        tokens = tf.ragged.boolean_mask(parts, parts >= 0)
+        return tf.RaggedTensor.from_value_rowids(tokens, rows, symbols.nrows(), validate=False).merge_dims(1, 2)
 
     def _bytes(self, texts):
-        """Texts (N,) -> ids of their bytes (N, longest), -1 behind them."""
+        """Texts (N,) -> ids of their bytes, ragged (N, None)."""
         import tensorflow as tf
 
-        length = tf.strings.length(texts)
-        longest = tf.reduce_max(tf.concat([length, [1]], 0))
-        values = tf.cast(tf.io.decode_raw(texts, tf.uint8, fixed_length=longest), tf.int32)
-        return tf.where(tf.sequence_mask(length, longest), tf.gather(self._byte_ids, values), -1)
+        values = tf.io.decode_raw(tf.strings.reduce_join(texts), tf.uint8)
+        ids = tf.gather(self._byte_ids, tf.cast(values, tf.int32))
+        return tf.RaggedTensor.from_row_lengths(ids, tf.cast(tf.strings.length(texts), tf.int64), validate=False)
 
     def _characters_or_bytes(self, words):
-        """Words (U,) -> ids of the characters, of the bytes of those without one (U, L), -1 behind them."""
+        """Words (U,) -> ids of the characters, of the bytes of those without one, ragged (U, None)."""
         import tensorflow as tf
 
-        characters = tf.strings.unicode_split(words, "UTF-8")  # ragged (U, None)
-        flat = characters.flat_values
-        codes = tf.strings.unicode_decode(flat, "UTF-8").flat_values  # one for each character
-        place = tf.searchsorted(self._characters, codes)
-        known, spelled = tf.gather(self._characters, place) == codes, self._bytes(flat)
-        own = tf.where(tf.range(tf.shape(spelled)[1]) == 0, tf.gather(self._character_ids, place)[:, None], -1)
-        symbols = tf.RaggedTensor.from_tensor(tf.where(known[:, None], own, spelled), padding=-1)
-        return characters.with_flat_values(symbols).merge_dims(1, 2).to_tensor(-1)
+        codes = tf.strings.unicode_decode(words, "UTF-8")  # ragged (U, None)
+        distinct, places = tf.unique(codes.flat_values)
+        place = tf.searchsorted(self._characters, distinct)
+        known, ids = tf.gather(self._characters, place) == distinct, tf.gather(self._character_ids, place)
+        rows = _one_or(known, ids, self._bytes(tf.strings.unicode_encode(distinct[:, None], "UTF-8")))
+        return codes.with_flat_values(tf.gather(rows, places)).merge_dims(1, 2)
+
+    def _parts(self, symbols):
+        """Symbols of words, ragged (U, None), cut where no token goes over; and the word of each part.
+
+        Every part has -1 before it, which no pair holds.
+        """
+        import tensorflow as tf
+
+        flat, words = symbols.flat_values, symbols.value_rowids()
+        keys = _key(flat[:-1], flat[1:])
+        joined = tf.gather(self._neighbours, tf.searchsorted(self._neighbours, keys)) == keys
+        apart = tf.logical_not(joined & (words[:-1] == words[1:]))
+        starts = tf.where(tf.concat([tf.ones_like(flat[:1], tf.bool), apart], 0))[:, 0]
+        parts = tf.RaggedTensor.from_row_starts(flat, starts, validate=False)
+        return tf.concat([tf.fill([tf.size(starts), 1], -1), parts], 1), tf.gather(words, starts)
 
     def _place(self, left, right):
-        """Where pairs of ids, of any shape, stand among the merges: behind them, if they are none. -1 is in no pair."""
+        """Where pairs of ids (N,) stand among the merges: behind them, if they are none."""
         import tensorflow as tf
 
-        keys = tf.bitwise.left_shift(tf.cast(left, tf.int64), tf.constant(32, tf.int64)) + tf.cast(right, tf.int64)
-        flat = tf.reshape(keys, [-1])
-        place = tf.searchsorted(self._keys, flat)
-        missing = tf.size(self._keys) - 1
-        return tf.reshape(tf.where(tf.gather(self._keys, place) == flat, place, missing), tf.shape(keys))
+        keys = _key(left, right)
+        place = tf.searchsorted(self._keys, keys)
+        return tf.where(tf.gather(self._keys, place) == keys, place, tf.size(self._keys) - 1)
 
     def _rank(self, left, right):
-        """The rank of pairs of ids, `_NEVER` where they are not merged."""
+        """The rank of pairs of ids (N,), `_NEVER` where they are not merged."""
         import tensorflow as tf
 
         return tf.gather(self._ranks, self._place(left, right))
 
-    def _merge(self, ids):
-        """Symbols (U, L) -> tokens (U, L), -1 behind them.
-
-        Each turn merges one pair of each word that is not finished. Only the two pairs around it are looked up again.
-        """
+    def _merge(self, symbols, parts):
+        """Symbols (L,) of numbered parts (L,) -> tokens (L,), each where its first symbol stood, -1 elsewhere."""
         import tensorflow as tf
 
-        def column(table, columns):
-            return tf.gather(table, columns, axis=1, batch_dims=1)
+        count = tf.reduce_max(tf.concat([parts, [0]], 0)) + 1
 
-        def shifted(table, filling):
-            return tf.concat([table[:, 1:], tf.fill([tf.shape(table)[0], 1], filling)], 1)
+        def lowest(values, parts):
+            return tf.gather(tf.math.unsorted_segment_min(values, parts, count), parts)
 
-        def turn(ids, ranks, rows):
-            some, some_ranks = tf.gather(ids, rows), tf.gather(ranks, rows)
-            at = tf.argmin(some_ranks, 1, output_type=tf.int32)  # the leftmost of equal ones
-            going = column(some_ranks, at[:, None])[:, 0] < _NEVER
-            rows, some, some_ranks, at = (tf.boolean_mask(x, going) for x in (rows, some, some_ranks, at[:, None]))
-            last = tf.shape(ids)[1] - 1
-            merged = tf.gather(self._results, self._place(column(some, at), column(some, at + 1)))
-            columns = tf.range(last + 1)[None, :]
-            some = tf.where(columns < at, some, tf.where(columns == at, merged, shifted(some, -1)))
-            before = self._rank(column(some, tf.maximum(at - 1, 0)), merged)
-            behind = self._rank(merged, column(some, tf.minimum(at + 1, last)))
-            before, behind = tf.where(at > 0, before, _NEVER), tf.where(at < last, behind, _NEVER)
-            some_ranks = tf.where(columns < at, some_ranks, shifted(some_ranks, _NEVER))
-            some_ranks = tf.where(columns == at, behind, tf.where(columns == at - 1, before, some_ranks))
-            where = rows[:, None]
-            return (
-                tf.tensor_scatter_nd_update(ids, where, some),
-                tf.tensor_scatter_nd_update(ranks, where, some_ranks),
-                rows,
-            )
+        def candidates(ranks, least):
+            """Where pairs of the lowest rank begin: every other one, where they overlap."""
+            at = tf.where((ranks == least) & (least < _NEVER))[:, 0]
+            begins = tf.concat([[True], at[1:] > at[:-1] + 1], 0)
+            first = tf.gather(tf.boolean_mask(at, begins), tf.cumsum(tf.cast(begins, tf.int32)) - 1)
+            return tf.boolean_mask(at, (at - first) % 2 == 0)
 
-        rows = tf.range(tf.shape(ids)[0])
-        ranks = self._rank(ids, shifted(ids, -1))
-        open_shapes = [tf.TensorShape([None, None]), tf.TensorShape([None, None]), tf.TensorShape([None])]
-        return tf.while_loop(lambda ids, ranks, rows: tf.size(rows) > 0, turn, [ids, ranks, rows], open_shapes)[0]
+        def turn(tokens, places, ids, parts, ranks):
+            """Merges in each part the pairs of the lowest rank, up to one that makes a pair not above them."""
+            least = lowest(ranks, parts)
+            at, ended = candidates(ranks, least), tf.concat([ids, [-1]], 0)
+            token = tf.gather(self._results, self._place(tf.gather(ids, at), tf.gather(ids, at + 1)))
+            merged_before = at[1:] == at[:-1] + 2
+            left = tf.where(merged_before, token[:-1], tf.gather(ids, at[1:] - 1))
+            left = tf.concat([tf.gather(ids, at[:1] - 1), left], 0)
+            next_rank = tf.minimum(self._rank(left, token), self._rank(token, tf.gather(ended, at + 2)))
+            sooner = tf.cumsum(tf.cast(next_rank <= tf.gather(ranks, at), tf.int32), exclusive=True)
+            now = tf.where(sooner == lowest(sooner, tf.gather(parts, at)))[:, 0]
+            at, token = tf.gather(at, now), tf.gather(token, now)
+
+            gone = tf.gather(places, at + 1)
+            tokens = _put(_put(tokens, tf.gather(places, at), token), gone, tf.fill(tf.shape(gone), -1))
+            kept = _put(least < _NEVER, at + 1, tf.zeros_like(at, tf.bool))
+            moved = tf.gather(tf.cumsum(tf.cast(kept, tf.int64), exclusive=True), at)
+            kept = tf.where(kept)[:, 0]
+            places, ids, parts, ranks = (tf.gather(x, kept) for x in (places, _put(ids, at, token), parts, ranks))
+            touched, ended = tf.concat([moved - 1, moved], 0), tf.concat([ids, [-1]], 0)
+            fresh = self._rank(tf.gather(ids, touched), tf.gather(ended, touched + 1))
+            return tokens, places, ids, parts, _put(ranks, touched, fresh)
+
+        state = [
+            symbols,
+            tf.range(tf.size(symbols)),
+            symbols,
+            parts,
+            self._rank(symbols, tf.concat([symbols[1:], [-1]], 0)),
+        ]
+        return tf.while_loop(
+            lambda *state: tf.reduce_any(state[-1] < _NEVER), turn, state, [tf.TensorShape([None])] * 5
+        )[0]
 
 
 class _WholeWords:
@@ -199,13 +221,33 @@ class _WholeWords:
         return tf.strings.to_hash_bucket_fast(words, 2**62)
 
     def put(self, words, symbols):
-        """Symbols (U, L) with the token of a whole word in its row."""
+        """Symbols, ragged (U, None), with the token of a whole word in its row."""
         import tensorflow as tf
 
         place = tf.searchsorted(self._hashes, self._hash(words))
-        found = tf.gather(self._words, place) == words
-        token = tf.where(tf.range(tf.shape(symbols)[1]) == 0, tf.gather(self._ids, place)[:, None], -1)
-        return tf.where(found[:, None], token, symbols)
+        return _one_or(tf.gather(self._words, place) == words, tf.gather(self._ids, place), symbols)
+
+
+def _one_or(known, ids, rows):
+    """Rows, ragged (N, None), with -1 for everything but one of `ids` (N,) in front where `known` (N,)."""
+    import tensorflow as tf
+
+    others = rows.with_flat_values(tf.where(tf.gather(known, rows.value_rowids()), -1, rows.flat_values))
+    return tf.concat([tf.where(known, ids, -1)[:, None], others], 1)
+
+
+def _key(left, right):
+    """Pairs of ids (N,) as one number each, as `Tables` has them."""
+    import tensorflow as tf
+
+    return tf.bitwise.left_shift(tf.cast(left, tf.int64), tf.constant(32, tf.int64)) + tf.cast(right, tf.int64)
+
+
+def _put(values, at, new):
+    """Values (N,) with new ones at some places."""
+    import tensorflow as tf
+
+    return tf.tensor_scatter_nd_update(values, at[:, None], new)
 
 
 def _as_utf8(texts):

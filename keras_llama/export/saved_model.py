@@ -24,8 +24,8 @@ METADATA = "keras_llama.json"
 _IN_TENSORFLOW = """
 import sys
 import keras, keras_llama
-source, target = sys.argv[1:]
-keras.saving.load_model(source, compile=False).export(target)
+source, target, jit = sys.argv[1:]
+keras.saving.load_model(source, compile=False).export(target, jit=bool(int(jit)))
 """
 
 
@@ -43,9 +43,13 @@ class Signature(NamedTuple):
     defaults: tuple = ()
 
 
-def export(task, filepath, overwrite: bool = False, versioned: bool = False) -> None:
+def export(task, filepath, overwrite: bool = False, versioned: bool = False, jit: bool = False) -> None:
     """Writes a task as a SavedModel; see `Task.export`."""
     path = pathlib.Path(filepath)
+    if task.preprocessor is None and jit:
+        raise invalid("`jit` needs a preprocessor, whose texts go up to buckets of lengths.", jit=jit)
+    if task.preprocessor is None:
+        warnings.warn("The SavedModel takes token ids: the task has no preprocessor for strings.", stacklevel=3)
     unfinished, former = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "former"))
     if former.exists() and not path.exists():  # an export was cut off between its two renames
         os.replace(former, path)
@@ -56,7 +60,8 @@ def export(task, filepath, overwrite: bool = False, versioned: bool = False) -> 
     shutil.rmtree(unfinished, ignore_errors=True)
     inside = unfinished / "1" if versioned else unfinished
     try:
-        (_write if backend.name() == "tensorflow" else _write_elsewhere)(task, inside)
+        (_write if backend.name() == "tensorflow" else _write_elsewhere)(task, inside, jit)
+        needed = json.loads((inside / METADATA).read_text(encoding="utf-8"))["needs"]
         if path.exists():
             os.replace(path, former)
         try:
@@ -68,23 +73,24 @@ def export(task, filepath, overwrite: bool = False, versioned: bool = False) -> 
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(former, ignore_errors=True)
+    if needed:
+        warnings.warn(f"Whoever loads the SavedModel must import {', '.join(needed)} for its vocabulary.", stacklevel=3)
 
 
-def _write(task, path: pathlib.Path) -> None:
+def _write(task, path: pathlib.Path, jit: bool) -> None:
     import keras
     import tensorflow as tf
 
-    text = None if task.preprocessor is None else GraphText(task.preprocessor)
-    if text is None:
-        warnings.warn("The SavedModel takes token ids: the task has no preprocessor for strings.", stacklevel=3)
+    text = None if task.preprocessor is None else GraphText(task.preprocessor, jit)
     offered: dict[str, Signature] = task.serving(text)
     # Raw variables, stored once. A Keras model as attribute would put every variable into the graph
     # twice, and session loaders (TensorFlow Serving) would not find them.
     module = tf.Module()
     module.variables_once = [variable.value for variable in task.variables]
+    module.resources = [] if text is None else list(text.resources)
     functions = {name: _function(signature) for name, signature in offered.items()}
     first = next(iter(functions))
-    functions["serving_default"] = _function(offered[first], *offered[first].defaults)
+    functions["serving_default"] = _with_defaults(functions[first], offered[first])
     module.functions = functions
     try:
         tf.saved_model.save(module, str(path), functions)
@@ -99,39 +105,48 @@ def _write(task, path: pathlib.Path) -> None:
         "limits": limits,
         "serving_default": first,
         "signatures": {name: list(signature.inputs) for name, signature in offered.items()},
+        "needs": [] if text is None else list(text.needs),
         "versions": {"keras": keras.__version__, "tensorflow": tf.__version__},
     }
     (path / METADATA).write_text(json.dumps(described, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _function(signature: Signature, *fixed):
-    """A signature as a TensorFlow function; its last inputs may be fixed."""
+def _function(signature: Signature):
+    """A signature as a TensorFlow function."""
+    import tensorflow as tf
+
+    specs = [tf.TensorSpec([None] * rank, dtype, name) for name, (dtype, rank) in signature.inputs.items()]
+    return tf.function(signature.call, specs, autograph=False)
+
+
+def _with_defaults(function, signature: Signature):
+    """The function of a signature without its last inputs; it calls the other one, which is stored once."""
     import tensorflow as tf
 
     inputs = list(signature.inputs.items())
-    free = len(inputs) - len(fixed)
+    free = len(inputs) - len(signature.defaults)
     specs = [tf.TensorSpec([None] * rank, dtype, name) for name, (dtype, rank) in inputs[:free]]
-    constants = [tf.constant(x, dtype) for x, (_, (dtype, _)) in zip(fixed, inputs[free:], strict=True)]
-    return tf.function(lambda *values: signature.call(*values, *constants), specs, autograph=False)
+    fixed = [tf.constant(x, dtype) for x, (_, (dtype, _)) in zip(signature.defaults, inputs[free:], strict=True)]
+    return tf.function(lambda *values: function(*values, *fixed), specs, autograph=False)
 
 
-def _write_elsewhere(task, path: pathlib.Path) -> None:
+def _write_elsewhere(task, path: pathlib.Path, jit: bool) -> None:
     """Has a TensorFlow process write it."""
     with tempfile.TemporaryDirectory() as folder:
         saved = pathlib.Path(folder, "task.keras")
         task.save(saved)
         done = subprocess.run(
-            [sys.executable, "-c", _IN_TENSORFLOW, str(saved), str(path)],
+            [sys.executable, "-c", _IN_TENSORFLOW, str(saved), str(path), str(int(jit))],
             env={**os.environ, "KERAS_BACKEND": "tensorflow"},
             capture_output=True,
             text=True,
             check=False,
         )
     if done.returncode:
-        reason = done.stderr.strip().splitlines()
-        raise invalid(
-            "The TensorFlow process that writes a SavedModel failed.",
-            "It needs tensorflow installed beside this backend.",
-            backend=backend.name(),
-            error=reason[-1] if reason else done.returncode,
+        reason = [f"It ended with {done.returncode}.", *done.stderr.strip().splitlines()][-1]
+        if reason.startswith("ValueError: "):  # of what was asked for, not of the process
+            raise ValueError(reason.removeprefix("ValueError: "))
+        raise RuntimeError(
+            f"The TensorFlow process that writes a SavedModel for the {backend.name()} backend failed. It needs "
+            f"tensorflow and the memory for a second copy of the model. Received: {reason}"
         )

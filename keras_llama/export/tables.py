@@ -4,6 +4,7 @@ Shapes: M merges, C characters.
 """
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -32,7 +33,8 @@ class Tables:
         characters: code points that are symbols, in order, int32 (C,); none where every byte is a symbol.
         character_ids: their ids, int32 (C,).
         byte_ids: ids of the bytes, which are the symbols of all other characters, int32 (256,); -1 is dropped.
-        keys: left id * 2**32 + right id of every merge, in order, int64 (M,).
+        neighbours: left id * 2**32 + right id of symbols that stand side by side in some merged token, in order, int64.
+        keys: the same of the two sides of every merge, in order, int64 (M,).
         ranks: which of them goes first, int32 (M,); of equal ranks the leftmost pair does.
         results: the tokens that they make, int32 (M,).
         whole: words that are tokens, though no merges lead there, by their bytes.
@@ -44,6 +46,7 @@ class Tables:
     characters: np.ndarray
     character_ids: np.ndarray
     byte_ids: np.ndarray
+    neighbours: np.ndarray
     keys: np.ndarray
     ranks: np.ndarray
     results: np.ndarray
@@ -204,11 +207,16 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _symbols_and_merges(
     byte_ids: list[int], ids: Mapping[str, int], pairs: list[tuple[str, str]], ranks: Iterable[int]
 ) -> dict[str, np.ndarray]:
-    keys = np.array([(ids[left] << 32) + ids[right] for left, right in pairs], "int64")
+    def key(left: str, right: str) -> int:
+        return (ids[left] << 32) + ids[right]
+
+    symbols = (itertools.pairwise(text) for text in {left + right for left, right in pairs} if ids.keys() >= set(text))
+    keys = np.array([key(left, right) for left, right in pairs], "int64")
     results = np.array([ids[left + right] for left, right in pairs], "int32")
     by_key = np.argsort(keys)
     return {
         "byte_ids": np.array(byte_ids, "int32"),
+        "neighbours": np.array(sorted({key(*pair) for text in symbols for pair in text}), "int64"),
         "keys": keys[by_key],
         "ranks": np.fromiter(ranks, "int32")[by_key],
         "results": results[by_key],

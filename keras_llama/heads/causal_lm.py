@@ -229,18 +229,19 @@ class LlamaCausalLM(LanguageModel):
         if text is None:
             return super().serving(text)
         context = self.backbone.config.context_length or self.preprocessor.sequence_length
-        continued, inputs, defaults = self.generating(self._loop, text, context)
+        generated, inputs, defaults = self.generating(self._loop, text, context)
+        log_probs = text.compiled(self._log_probs)
 
         def generate(prompts, *sampling):
-            rows, ids, mask = text.prompts(prompts, context - 1)
-            new, stopped = continued(rows, ids, mask, (), *sampling)
-            return {"texts": prompts + text.completion(rows, new), "stopped": stopped}
+            arrays = text.prompts(prompts, context - 1)
+            new, stopped = generated(arrays, (), *sampling)
+            return {"texts": prompts + text.completion(arrays[0], new), "stopped": stopped}
 
         def score(texts):
             rows = text.rows(texts, context, self.preprocessor.add_bos, False)
             ids, mask = text.padded(rows), text.mask(rows)
             known = ops.cast(mask[:, 1:], "float32")
-            return {"log_probs": self._log_probs(ids, mask) * known, "token_ids": ids, "lengths": ops.sum(mask, axis=1)}
+            return {"log_probs": log_probs(ids, mask) * known, "token_ids": ids, "lengths": ops.sum(mask, axis=1)}
 
         return {
             "generate": Signature(generate, {"prompts": STRINGS, **inputs}, defaults),

@@ -8,6 +8,7 @@ import functools
 import keras
 
 from keras_llama.config import invalid
+from keras_llama.export.graph_loop import continued
 from keras_llama.export.saved_model import INTEGER, NUMBER
 from keras_llama.heads.plan import make_plan
 from keras_llama.heads.task import Task
@@ -83,8 +84,8 @@ class LanguageModel(Task):
             **defaults: of `generate`, over those of `generation_config`.
 
         Returns:
-            A function (rows, ids, mask, context, max_new_tokens, temperature, top_k, top_p, seed) -> new rows, and
-            why each ended; the last five as inputs of a `Signature`, and their defaults.
+            A function (prompts, context, max_new_tokens, temperature, top_k, top_p, seed) -> new rows, and why each
+            ended; the last five as inputs of a `Signature`, and their defaults.
         """
         plan = make_plan(
             {**defaults, **self.generation_config},
@@ -98,12 +99,12 @@ class LanguageModel(Task):
         )
         own = plan.settings
 
-        def continued(rows, ids, mask, context, max_new_tokens, temperature, top_k, top_p, seed):
+        def generated(prompts, context, max_new_tokens, temperature, top_k, top_p, seed):
             settings = own._replace(temperature=temperature, top_k=top_k, top_p=top_p)
             limits = (context_length, max_new_tokens, settings, seed)
-            return text.continued(loop, rows, ids, mask, *limits, context, self.stop_ids)
+            return continued(text, loop, prompts, *limits, context, self.stop_ids)
 
-        return continued, _SAMPLING, (plan.max_new_tokens, own.temperature, own.top_k, own.top_p, 0)
+        return generated, _SAMPLING, (plan.max_new_tokens, own.temperature, own.top_k, own.top_p, 0)
 
     def default_loss(self):
         return TokenCrossentropy()

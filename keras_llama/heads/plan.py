@@ -65,8 +65,9 @@ def make_plan(
     Raises:
         ValueError: for a setting out of range, named.
     """
-    sampled = bool(defaults.get("do_sample", defaults.get("temperature") is not None))
-    own = {"temperature": (defaults.get("temperature") or 1.0) if sampled else 0.0}
+    temperature = defaults.get("temperature")
+    sampled = defaults.get("do_sample", bool(temperature))
+    own = {"temperature": (1.0 if temperature is None else temperature) if sampled else 0.0}
     own |= {name: defaults[name] for name in Settings._fields[1:] if defaults.get(name) is not None}
     given = {name: value for name, value in sampling.items() if value is not None}
     num_beams = num_beams if num_beams is not None else defaults.get("num_beams") or 1

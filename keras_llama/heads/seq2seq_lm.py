@@ -278,12 +278,13 @@ class LlamaSeq2SeqLM(LanguageModel):
             return super().serving(text)
         longest = self.preprocessor.sequence_length
         context = self.backbone.config.context_length or longest
-        continued, inputs, defaults = self.generating(self.token_loop, text, context, max_new_tokens=longest - 1)
+        generated, inputs, defaults = self.generating(self.token_loop, text, context, max_new_tokens=longest - 1)
+        remember = text.compiled(self.remember)
 
         def translate(sources, *sampling):
             ids, mask = text.encode(sources)
-            rows, *starts = text.starting(ids, self.start_id)
-            new, stopped = continued(rows, *starts, (self.remember(ids, mask), mask), *sampling)
+            memory = (remember(ids, mask), mask)
+            new, stopped = generated(text.starting(ids, self.start_id), memory, *sampling)
             return {"texts": text.decode(new), "stopped": stopped}
 
         return {"translate": Signature(translate, {"sources": STRINGS, **inputs}, defaults), **super().serving(text)}

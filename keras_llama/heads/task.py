@@ -167,7 +167,7 @@ class Task(Inputs, Files):
         restored[batches.order] = outputs
         return restored
 
-    def export(self, filepath, *, overwrite=False, versioned=False):
+    def export(self, filepath, *, overwrite=False, versioned=False, jit=False):
         """Writes a TensorFlow SavedModel that needs nothing but TensorFlow; see docs/serving.md for its signatures.
 
         Strings go in and strings or probabilities come out, with the ids and numbers of this task; without a
@@ -178,24 +178,28 @@ class Task(Inputs, Files):
             filepath: a directory; written beside and then renamed.
             overwrite: whether what `filepath` holds may be replaced.
             versioned: write `filepath/1`, as TensorFlow Serving expects it.
+            jit: have XLA compile what the model does, once for each batch size and bucket of lengths.
 
         Raises:
             ValueError: if `filepath` holds files and `overwrite` is not set, or for a vocabulary whose ids a graph
                 would not give exactly.
             OSError: if it cannot be written, such as on a full disk.
+            RuntimeError: if the TensorFlow process fails.
         """
-        saved_model.export(self, filepath, overwrite, versioned)
+        saved_model.export(self, filepath, overwrite, versioned, jit)
 
     def serving(self, text):
         """The `Signature`s of the SavedModel by name, the default one first; `text` is a `GraphText` or `None`."""
+
+        def logits(*values):
+            inputs = dict(zip(self.input, values, strict=True))
+            return {"logits": keras.Model.__call__(self, inputs, training=False)}
+
+        of_ids = {"logits": Signature(logits, dict.fromkeys(self.input, IDS))}
         if text is None:
-
-            def logits(*values):
-                inputs = dict(zip(self.input, values, strict=True))
-                return {"logits": keras.Model.__call__(self, inputs, training=False)}
-
-            return {"logits": Signature(logits, dict.fromkeys(self.input, IDS))}
+            return of_ids
         return {
+            **of_ids,
             "tokenize": Signature(text.tokenize, {"texts": STRINGS}),
             "detokenize": Signature(text.detokenize, {"token_ids": IDS, "lengths": NUMBERS}),
         }

@@ -208,9 +208,13 @@ class LlamaTextClassifier(Task):
             return super().serving(text)
         names = text.constant(self.labels or [str(i) for i in range(self.num_classes)])
 
+        @text.compiled
+        def answered(token_ids, padding_mask):
+            inputs = {"token_ids": token_ids, "padding_mask": padding_mask}
+            return self.probabilities(keras.Model.__call__(self, inputs, training=False))
+
         def classify(texts):
-            inputs = dict(zip(("token_ids", "padding_mask"), text.encode(texts), strict=True))
-            probabilities = self.probabilities(keras.Model.__call__(self, inputs, training=False))
+            probabilities = answered(*text.encode(texts))
             answer = {"probabilities": probabilities}
             if self.problem_type != "regression":
                 answer["label_names"] = names
