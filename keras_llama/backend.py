@@ -111,6 +111,20 @@ def resolve_jit(jit_compile: bool | str) -> bool:
     return name() == "jax" or (name() == "tensorflow" and has_gpu())
 
 
+def write(array: Any, new: Any, column: Any) -> Any:
+    """An array (B, S, ...) with `new` (B, T, ...) from `column` of its second axis on.
+
+    On TensorFlow by a scatter: Keras' `slice_update` is an operation of XLA's there, which a server need not have.
+    """
+    if name() != "tensorflow":
+        return keras.ops.slice_update(array, [0, column] + [0] * (len(array.shape) - 2), new)
+    import tensorflow as tf
+
+    rows, length = tf.unstack(tf.shape(new)[:2])
+    places = tf.stack(tf.meshgrid(tf.range(rows), tf.range(length) + tf.cast(column, tf.int32), indexing="ij"), -1)
+    return tf.tensor_scatter_nd_update(array, places, new)
+
+
 def bucket(length: int) -> int:
     """The next of the lengths 8, 16, 24, 32, 48, 64, 96, 128, ...: few shapes to compile, little padding.
 

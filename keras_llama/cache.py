@@ -5,6 +5,7 @@ Cache in, cache out: nothing here changes its argument.
 
 from keras import ops
 
+from keras_llama import backend
 from keras_llama.config import LlamaConfig
 
 
@@ -16,9 +17,8 @@ def make(config: LlamaConfig, batch_size, length, dtype="float32"):
 
 def append(pair, key, value, index):
     """Writes new keys and values (B, T, K, H) at column `index` of one block's pair (B, S, K, H)."""
-    start = [0, index, 0, 0]
     return tuple(
-        ops.slice_update(old, start, ops.cast(new, old.dtype)) for old, new in zip(pair, (key, value), strict=True)
+        backend.write(old, ops.cast(new, old.dtype), index) for old, new in zip(pair, (key, value), strict=True)
     )
 
 

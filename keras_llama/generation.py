@@ -187,10 +187,9 @@ class TokenLoop:
         uniform = ops.squeeze(ops.slice(uniforms, [0, state.column], [rows, 1]), 1)
         ids = ops.where(state.done, 0, choose(logits, state.seen, settings, uniform))
         real = ops.cast(ops.logical_not(state.done), "int32")
-        start = [0, state.column]
         return State(
-            tokens=ops.slice_update(state.tokens, start, ids[:, None]),
-            mask=ops.slice_update(state.mask, start, real[:, None]),
+            tokens=backend.write(state.tokens, ids[:, None], state.column),
+            mask=backend.write(state.mask, real[:, None], state.column),
             cache=state.cache,
             seen=ops.logical_or(state.seen, ops.one_hot(ids, self.config.vocabulary_size, dtype="bool")),
             done=ops.logical_or(state.done, ops.any(ids[:, None] == stops[None, :], axis=-1)),
