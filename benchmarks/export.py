@@ -7,6 +7,7 @@ Tokens per second are those of the whole call, tokenizers included. `--data` add
 """
 
 import argparse
+import functools
 import os
 import pathlib
 import statistics
@@ -32,23 +33,29 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
+def taken(signature, lines: list[str]) -> float:
+    """Seconds that a signature of texts takes."""
+    texts = tf.constant(lines)
+    return seconds(lambda: signature(texts))
+
+
 def loop(args) -> None:
     lm = keras_llama.LlamaCausalLM.from_preset(args.preset, dtype="float32")
     lm.generation_config = {"eos_token_id": [], "max_new_tokens": NEW, "temperature": 0.0}
     weights = 4 * lm.count_params()
     with tempfile.TemporaryDirectory() as folder:
-        taken = seconds(lambda: lm.export(folder, jit=args.jit))
+        needed = seconds(lambda: lm.export(folder, jit=args.jit))
         size = sum(file.stat().st_size for file in pathlib.Path(folder).rglob("*"))
         loaded = tf.saved_model.load(folder)
-    print(f"export {taken:.1f} s, {size / 1e6:.1f} MB, {(size - 1.05 * weights) / 1e6:.1f} MB above 1.05 x the weights")
+    print(f"export {needed:.1f} s, {size / 1e6:.1f} MB, {(size - 1.05 * weights) / 1e6:.1f} MB above 1.05 x the weights")
     serve, asked = loaded.signatures["serving_default"], tf.constant([PROMPT])
     calls = {"in process": lambda: [lm.generate(PROMPT)], "exported": lambda: serve(asked)["texts"].numpy().tolist()}
     written = {name: call()[0] for name, call in calls.items()}  # traces and compiles
     print("the same text" if written["exported"].decode() == written["in process"] else f"DIFFERENT: {written}")
     rounds = [{name: seconds(call) for name, call in calls.items()} for _ in range(args.rounds)]
     for name in calls:
-        print(f"{name}: {NEW / statistics.median(taken[name] for taken in rounds):.1f} tokens/s")
-    ratio = statistics.median(taken["in process"] / taken["exported"] for taken in rounds)
+        print(f"{name}: {NEW / statistics.median(turn[name] for turn in rounds):.1f} tokens/s")
+    ratio = statistics.median(turn["in process"] / turn["exported"] for turn in rounds)
     print(f"exported over in process, median of {args.rounds} rounds: {ratio:.2f}")
 
 
@@ -66,12 +73,10 @@ def tokenizers(args) -> None:
         with tempfile.TemporaryDirectory() as folder:
             lm.export(folder)
             loaded = tf.saved_model.load(folder)
-        encode = loaded.signatures["tokenize"]
-        for batch in (lines[:64], ["A short line of text."]):
-            encode(tf.constant(batch))
-        batch = min(seconds(lambda encode=encode: encode(tf.constant(lines))) for _ in range(args.rounds))
-        one = [seconds(lambda encode=encode: encode(tf.constant(["A short line of text."]))) for _ in range(100)]
-        told = f"{len(lines) / batch:,.0f} lines/s in one batch, one short line {1e3 * statistics.median(one):.1f} ms"
+        encode = functools.partial(taken, loaded.signatures["tokenize"])
+        encode(lines[:64])
+        many, one = min(encode(lines) for _ in range(args.rounds)), [encode(["A short line."]) for _ in range(100)]
+        told = f"{len(lines) / many:,.0f} lines/s in one batch, one short line {1e3 * statistics.median(one):.1f} ms"
         print(f"tokenizer of {name}: {told}")
 
 
