@@ -47,7 +47,9 @@ def loop(args) -> None:
         needed = seconds(lambda: lm.export(folder, jit=args.jit))
         size = sum(file.stat().st_size for file in pathlib.Path(folder).rglob("*"))
         loaded = tf.saved_model.load(folder)
-    print(f"export {needed:.1f} s, {size / 1e6:.1f} MB, {(size - 1.05 * weights) / 1e6:.1f} MB above 1.05 x the weights")
+    print(
+        f"export {needed:.1f} s, {size / 1e6:.1f} MB, {(size - 1.05 * weights) / 1e6:.1f} MB above 1.05 x the weights"
+    )
     serve, asked = loaded.signatures["serving_default"], tf.constant([PROMPT])
     calls = {"in process": lambda: [lm.generate(PROMPT)], "exported": lambda: serve(asked)["texts"].numpy().tolist()}
     written = {name: call()[0] for name, call in calls.items()}  # traces and compiles

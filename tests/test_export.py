@@ -293,6 +293,72 @@ def test_a_vocabulary_that_needs_tensorflow_text_says_so(tmp_path):
     np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-6)
 
 
+class LiteRT:
+    """A file in LiteRT's interpreter, which takes new sizes when it is told."""
+
+    def __init__(self, path):
+        interpreter = pytest.importorskip("ai_edge_litert.interpreter")
+        self.model = interpreter.Interpreter(str(path))
+
+    def __call__(self, _, inputs):
+        places = {place["name"]: place["index"] for place in self.model.get_input_details()}
+        for name, array in inputs.items():
+            self.model.resize_tensor_input(places[name], array.shape)
+        self.model.allocate_tensors()
+        for name, array in inputs.items():
+            self.model.set_tensor(places[name], array)
+        self.model.invoke()
+        return [self.model.get_tensor(self.model.get_output_details()[0]["index"])]
+
+
+def onnx_runs(path):
+    """What ONNX Runtime and OpenVINO make of one file."""
+    onnxruntime, openvino = pytest.importorskip("onnxruntime"), pytest.importorskip("openvino")
+    compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return [onnxruntime.InferenceSession(path).run, lambda _, inputs: [compiled(inputs)[0]]]
+
+
+@pytest.mark.skipif(keras.config.backend() == "jax", reason="as TensorFlow does")
+@pytest.mark.parametrize("task", ["classifier", "language model", "translator"])
+@pytest.mark.parametrize("format", ["onnx", "litert"])
+def test_the_forward_pass_of_any_batch_and_length(tokenizer, make_backbone, tmp_path, task, format):
+    if task == "classifier":
+        model = classifier(tokenizer)
+    else:
+        model = translator(tokenizer) if task == "translator" else language_model(tokenizer, make_backbone)
+    model.export(tmp_path / "model", format=format)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    runs = onnx_runs(tmp_path / "model") if format == "onnx" else [LiteRT(tmp_path / "model")]
+    generator = np.random.default_rng(0)
+    for rows in (1, 3):
+        for length in (1, 7, 33):
+            inputs = {name: np.ones((rows, length), "int32") for name in model.input}
+            for name in inputs:
+                if name.endswith("token_ids"):
+                    inputs[name] = generator.integers(4, 200, (rows, length), "int32")
+                elif length > 1:
+                    inputs[name][-1, : length // 3] = 0
+            expected = keras.ops.convert_to_numpy(model(inputs))
+            real = np.ones(rows, bool) if task == "classifier" else inputs[list(model.input)[-1]] > 0
+            for run in runs:
+                np.testing.assert_allclose(run(None, inputs)[0][real], expected[real], atol=1e-4)
+
+
+def test_formats_that_are_refused(tokenizer, tmp_path):
+    model = classifier(tokenizer)
+    (tmp_path / "mine.onnx").write_text("kept")
+    for options, message in [
+        ({"format": "openvino"}, "OpenVINO reads the file"),
+        ({"format": "gguf"}, '"tf_saved_model", "onnx" or "litert"'),
+        ({"format": "litert"}, "must not exist"),
+        ({"format": "onnx", "jit": True}, "are of SavedModels"),
+        ({"format": "onnx"}, "must not exist"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            model.export(tmp_path / "mine.onnx", **options)
+    assert (tmp_path / "mine.onnx").read_text() == "kept"
+
+
 @needs_tensorflow
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
@@ -402,11 +468,11 @@ def test_a_former_folder_is_kept_unless_it_may_go(tokenizer, tmp_path, monkeypat
 
 @pytest.mark.skipif(ON_TENSORFLOW, reason="the other backends have TensorFlow write it")
 def test_a_process_that_fails_is_told(tokenizer, tmp_path, monkeypatch):
-    monkeypatch.setattr("keras_llama.export.saved_model._IN_TENSORFLOW", "raise RuntimeError('no TensorFlow here')")
+    monkeypatch.setattr("keras_llama.export.elsewhere._PROGRAM", "raise RuntimeError('no TensorFlow here')")
     with pytest.raises(RuntimeError, match="no TensorFlow here"):
         classifier(tokenizer).export(tmp_path / "model")
     refused = "raise ValueError('not this vocabulary')"
-    monkeypatch.setattr("keras_llama.export.saved_model._IN_TENSORFLOW", refused)
+    monkeypatch.setattr("keras_llama.export.elsewhere._PROGRAM", refused)
     with pytest.raises(ValueError, match="not this vocabulary"):
         classifier(tokenizer).export(tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -7,26 +7,18 @@ import json
 import os
 import pathlib
 import shutil
-import subprocess
-import sys
-import tempfile
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from keras_llama import backend
 from keras_llama.config import invalid
+from keras_llama.export import elsewhere
 from keras_llama.export.graph_text import GraphText
 
 # Dtype and number of axes of what signatures take.
 STRINGS, NUMBERS, IDS, INTEGER, NUMBER = ("string", 1), ("int32", 1), ("int32", 2), ("int32", 0), ("float32", 0)
 METADATA = "keras_llama.json"
-_IN_TENSORFLOW = """
-import sys
-import keras, keras_llama
-source, target, jit = sys.argv[1:]
-keras.saving.load_model(source, compile=False).export(target, jit=bool(int(jit)))
-"""
 
 
 class Signature(NamedTuple):
@@ -60,7 +52,10 @@ def export(task, filepath, overwrite: bool = False, versioned: bool = False, jit
     shutil.rmtree(unfinished, ignore_errors=True)
     inside = unfinished / "1" if versioned else unfinished
     try:
-        (_write if backend.name() == "tensorflow" else _write_elsewhere)(task, inside, jit)
+        if backend.name() == "tensorflow":
+            _write(task, inside, jit)
+        else:
+            elsewhere.export("tensorflow", task, inside, jit=jit)
         needed = json.loads((inside / METADATA).read_text(encoding="utf-8"))["needs"]
         if path.exists():
             os.replace(path, former)
@@ -128,25 +123,3 @@ def _with_defaults(function, signature: Signature):
     specs = [tf.TensorSpec([None] * rank, dtype, name) for name, (dtype, rank) in inputs[:free]]
     fixed = [tf.constant(x, dtype) for x, (_, (dtype, _)) in zip(signature.defaults, inputs[free:], strict=True)]
     return tf.function(lambda *values: function(*values, *fixed), specs, autograph=False)
-
-
-def _write_elsewhere(task, path: pathlib.Path, jit: bool) -> None:
-    """Has a TensorFlow process write it."""
-    with tempfile.TemporaryDirectory() as folder:
-        saved = pathlib.Path(folder, "task.keras")
-        task.save(saved)
-        done = subprocess.run(
-            [sys.executable, "-c", _IN_TENSORFLOW, str(saved), str(path), str(int(jit))],
-            env={**os.environ, "KERAS_BACKEND": "tensorflow"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    if done.returncode:
-        reason = [f"It ended with {done.returncode}.", *done.stderr.strip().splitlines()][-1]
-        if reason.startswith("ValueError: "):  # of what was asked for, not of the process
-            raise ValueError(reason.removeprefix("ValueError: "))
-        raise RuntimeError(
-            f"The TensorFlow process that writes a SavedModel for the {backend.name()} backend failed. It needs "
-            f"tensorflow and the memory for a second copy of the model. Received: {reason}"
-        )

@@ -9,7 +9,7 @@ import numpy as np
 
 from keras_llama import backend
 from keras_llama.config import invalid
-from keras_llama.export import saved_model
+from keras_llama.export import forward, saved_model
 from keras_llama.export.saved_model import IDS, NUMBERS, STRINGS, Signature
 from keras_llama.heads.files import Files
 from keras_llama.heads.inputs import Inputs
@@ -167,26 +167,37 @@ class Task(Inputs, Files):
         restored[batches.order] = outputs
         return restored
 
-    def export(self, filepath, *, overwrite=False, versioned=False, jit=False):
+    def export(self, filepath, *, format="tf_saved_model", overwrite=False, versioned=False, jit=False):
         """Writes a TensorFlow SavedModel that needs nothing but TensorFlow; see docs/serving.md for its signatures.
 
         Strings go in and strings or probabilities come out, with the ids and numbers of this task; without a
         preprocessor it takes token ids, and a warning says so. Weights are stored once, beside `keras_llama.json`,
         which names task, labels, limits and versions. On JAX and torch a TensorFlow process writes it.
+        With `format="onnx"` (which OpenVINO reads, too; written by torch) or "litert" (written by TensorFlow) it is a
+        file of the forward pass, token ids in and logits out, of any batch and length.
 
         Args:
-            filepath: a directory; written beside and then renamed.
+            filepath: a directory, for ONNX and LiteRT a file; written beside and then renamed.
+            format: "tf_saved_model", "onnx" or "litert".
             overwrite: whether what `filepath` holds may be replaced.
             versioned: write `filepath/1`, as TensorFlow Serving expects it.
             jit: have XLA compile what the model does, once for each batch size and bucket of lengths.
 
         Raises:
-            ValueError: if `filepath` holds files and `overwrite` is not set, or for a vocabulary whose ids a graph
-                would not give exactly.
+            ValueError: if `filepath` holds files and `overwrite` is not set, for a vocabulary whose ids a graph
+                would not give exactly, or for a format that is not known to work.
             OSError: if it cannot be written, such as on a full disk.
-            RuntimeError: if the TensorFlow process fails.
+            RuntimeError: if the process of the other backend fails.
         """
-        saved_model.export(self, filepath, overwrite, versioned, jit)
+        if format == "tf_saved_model":
+            saved_model.export(self, filepath, overwrite, versioned, jit)
+            return
+        if format not in forward.FORMATS:
+            hint = 'OpenVINO reads the file of format="onnx".' if format == "openvino" else ""
+            raise invalid('`format` must be "tf_saved_model", "onnx" or "litert".', hint, format=format)
+        if versioned or jit:
+            raise invalid("`versioned` and `jit` are of SavedModels.", versioned=versioned, jit=jit, format=format)
+        forward.export(self, filepath, format, overwrite)
 
     def serving(self, text):
         """The `Signature`s of the SavedModel by name, the default one first; `text` is a `GraphText` or `None`."""

@@ -34,8 +34,8 @@ class Pooling(keras.layers.Layer):
         if self.mode == "last":
             columns = ops.arange(ops.shape(padding_mask)[1], dtype="int32")
             last = ops.max(real * columns, axis=1)  # (B,)
-            return ops.squeeze(ops.take_along_axis(hidden, last[:, None, None], axis=1), 1)
-        weights = ops.cast(real, "float32")[..., None]
+            return ops.squeeze(ops.take_along_axis(hidden, ops.expand_dims(last, (1, 2)), axis=1), 1)
+        weights = ops.expand_dims(ops.cast(real, "float32"), -1)
         total = ops.sum(ops.cast(hidden, "float32") * weights, axis=1)
         return ops.cast(total / ops.maximum(ops.sum(weights, axis=1), 1.0), hidden.dtype)
 
