@@ -1,5 +1,6 @@
 """A SentencePiece model inside a TensorFlow graph, run by tensorflow_text: for models that are no plain byte pairs."""
 
+from keras_llama.export.graph_tokenizer import as_utf8
 from keras_llama.subword import SentencePieceTokenizer
 from keras_llama.tokenizer_files import MODEL
 
@@ -25,10 +26,7 @@ class GraphSentencePiece:
 
     def encode(self, texts, most=None):
         """Strings (B,) -> ids, ragged int32 (B, None), `most` or more of each text; what is no UTF-8 is U+FFFD."""
-        import tensorflow as tf
-
-        texts = tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace", replacement_char=0xFFFD)
-        return self.resources[0].tokenize(texts)
+        return self.resources[0].tokenize(as_utf8(texts))
 
     def decode(self, ids):
         """Ids, ragged int32 (B, None) -> strings (B,), control tokens and ids beyond the vocabulary left out."""

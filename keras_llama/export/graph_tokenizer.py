@@ -66,7 +66,7 @@ class GraphTokenizer:
     def _encode(self, texts, characters):
         import tensorflow as tf
 
-        texts = tf.strings.substr(_as_utf8(texts), 0, characters, unit="UTF8_CHAR")
+        texts = tf.strings.substr(as_utf8(texts), 0, characters, unit="UTF8_CHAR")
         words = self._words(texts)  # ragged (B, None)
         distinct, places = tf.unique(words.flat_values)
         ids = tf.gather(self._word_ids(distinct), places)  # ragged, a row for each word
@@ -80,7 +80,7 @@ class GraphTokenizer:
         texts = tf.strings.reduce_join(tf.gather(self._pieces, known), axis=-1)
         if self._strip:
             texts = tf.strings.regex_replace(texts, "^ ", "", replace_global=False)
-        return _as_utf8(texts)
+        return as_utf8(texts)
 
     def _words(self, texts):
         import tensorflow as tf
@@ -250,7 +250,8 @@ def _put(values, at, new):
     return tf.tensor_scatter_nd_update(values, at[:, None], new)
 
 
-def _as_utf8(texts):
+def as_utf8(texts):
+    """Strings (N,) with U+FFFD for what is no UTF-8."""
     import tensorflow as tf
 
     return tf.strings.unicode_transcode(texts, "UTF-8", "UTF-8", errors="replace", replacement_char=0xFFFD)
