@@ -46,6 +46,7 @@ def test_convert_and_info(chat_lm, preset, tmp_path, capsys):
     assert keras_llama.LlamaCausalLM.from_preset(tmp_path / "half").dtype_policy.name == "bfloat16"
 
 
+@pytest.mark.slow
 def test_export_writes_what_can_be_served(chat_lm, preset, tmp_path, capsys):
     cli.main(["export", preset, str(tmp_path / "served"), "--versioned"])
     assert "parameters" in capsys.readouterr().out

@@ -127,12 +127,15 @@ def test_it_needs_tensorflow_alone(chat_tokenizer, make_backbone, tmp_path, run_
     assert run_python(LOADS_ALONE, tmp_path / "model").rstrip("\n") == model.generate("a film").rstrip("\n")
 
 
-def operations(directory):
+def graph(directory):
     from tensorflow.core.protobuf.saved_model_pb2 import SavedModel
 
-    saved = SavedModel.FromString((directory / "saved_model.pb").read_bytes())
-    graph = saved.meta_graphs[0].graph_def
-    return {node.op for nodes in (graph.node, *(f.node_def for f in graph.library.function)) for node in nodes}
+    return SavedModel.FromString((directory / "saved_model.pb").read_bytes()).meta_graphs[0].graph_def
+
+
+def operations(directory):
+    found = graph(directory)
+    return {node.op for nodes in (found.node, *(f.node_def for f in found.library.function)) for node in nodes}
 
 
 @needs_tensorflow
@@ -270,7 +273,7 @@ def test_xla_compiles_the_model(tokenizer, make_backbone, tmp_path, task):
     else:
         model = translator(tokenizer) if task == "translate" else language_model(tokenizer, make_backbone)
     model.export(tmp_path / "model", jit=True)
-    assert b"_XlaMustCompile" in (tmp_path / "model" / "saved_model.pb").read_bytes()
+    assert any(f.attr["_XlaMustCompile"].b for f in graph(tmp_path / "model").library.function)
     if task == "classify":
         found = call(tmp_path / "model", task, texts)["probabilities"]
         np.testing.assert_allclose(found, model.probabilities(model.predict(texts, verbose=0)), atol=1e-5)
@@ -281,6 +284,26 @@ def test_xla_compiles_the_model(tokenizer, make_backbone, tmp_path, task):
         scores = call(tmp_path / "model", "score", texts)
         for row, size, expected in zip(scores["log_probs"], scores["lengths"], model.score(texts), strict=True):
             np.testing.assert_allclose(row[: size - 1], expected["log_probs"], atol=1e-4)
+
+
+@needs_tensorflow
+def test_lengths_of_one_bucket_are_compiled_once(tokenizer, make_backbone, monkeypatch):
+    import tensorflow as tf
+
+    from keras_llama.export.graph_text import GraphText
+    from keras_llama.generation import TokenLoop
+
+    model, shapes, grow = language_model(tokenizer, make_backbone), [], TokenLoop.in_graph
+
+    def watched(self, ids, mask, *rest):
+        shapes.append((ids.shape.as_list(), mask.shape.as_list()))
+        return grow(self, ids, mask, *rest)
+
+    monkeypatch.setattr(TokenLoop, "in_graph", watched)
+    generate = model.serving(GraphText(model.preprocessor, jit=True))["generate"].call
+    for prompt, new in [("a", 2), ("a film", 5), ("a bad film", 8)]:
+        generate(tf.constant([prompt]), *map(tf.constant, (new, 0.0, 0, 1.0, 0)))
+    assert shapes == [([1, 8], [1, 16])] * 3
 
 
 @needs_tensorflow
@@ -342,6 +365,20 @@ def test_the_forward_pass_of_any_batch_and_length(tokenizer, make_backbone, tmp_
             real = np.ones(rows, bool) if task == "classifier" else inputs[list(model.input)[-1]] > 0
             for run in runs:
                 np.testing.assert_allclose(run(None, inputs)[0][real], expected[real], atol=1e-4)
+
+
+def test_a_file_is_kept_when_the_new_one_cannot_be_written(tokenizer, tmp_path, monkeypatch):
+    def full(_, path):
+        path.write_text("half")
+        raise OSError(28, "No space left on device")
+
+    runs_on = keras.config.backend()
+    monkeypatch.setattr("keras_llama.export.forward.FORMATS", {"onnx": (runs_on, full), "litert": (runs_on, full)})
+    (tmp_path / "model").write_text("kept")
+    for format in ("onnx", "litert"):
+        with pytest.raises(OSError, match="No space left"):
+            classifier(tokenizer).export(tmp_path / "model", format=format, overwrite=True)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["kept"]
 
 
 def test_formats_that_are_refused(tokenizer, tmp_path):

@@ -131,6 +131,7 @@ def test_refuses_what_it_cannot_start_with(stories, dialogues, tmp_path, capsys)
     assert "at least one prompt" in refused(capsys, "--prompts", tmp_path / "empty.txt", *output)
 
 
+@pytest.mark.slow
 def test_a_classifier_starts_from_a_checkpoint(chat_lm, tmp_path):
     from tasks import classification
 

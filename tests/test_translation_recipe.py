@@ -85,6 +85,7 @@ def test_a_decoder_alone_is_fine_tuned(pairs, chat_lm, tmp_path, capsys):
         assert json.loads((output / "metrics.json").read_text())["architecture"] == architecture
 
 
+@pytest.mark.slow
 def test_a_decoder_from_scratch_cuts_what_is_too_long(pairs, tmp_path):
     with pairs.open("a", encoding="utf-8") as file:
         file.writelines(f"{'a red big dog and ' * 20}number {i}\t红的大狗\n" for i in range(12))

@@ -188,6 +188,11 @@ class Task(Inputs, Files):
                 would not give exactly, or for a format that is not known to work.
             OSError: if it cannot be written, such as on a full disk.
             RuntimeError: if the process of the other backend fails.
+
+        >>> trained = keras_llama.SentencePieceTokenizer.train(["good film", "bad film"] * 9, vocabulary_size=280)
+        >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=280, **keras_llama.size("tiny"))
+        >>> lm = keras_llama.LlamaCausalLM(backbone, keras_llama.TextPreprocessor(trained, 32))
+        >>> lm.export("served")
         """
         if format == "tf_saved_model":
             saved_model.export(self, filepath, overwrite, versioned, jit)
