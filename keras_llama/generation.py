@@ -51,11 +51,13 @@ class TokenLoop:
 
     def __init__(self, step: Callable, config: LlamaConfig, variables: Sequence, dtype: str):
         self.step, self.config, self.dtype = step, config, dtype
-        jit = backend.resolve_jit("auto")
-        self._start = backend.Compiled(self._prefill_and_choose, variables, jit)
-        self._advance = backend.Compiled(self._advance_until, variables, jit, donate=(0,))
-        self._prefill_beams = backend.Compiled(self._expand_prompts, variables, jit)
-        self._step_beams = backend.Compiled(self._expand_beams, variables, jit, donate=(0,))
+        # A prompt is few large products, which XLA would compile anew for each bucket and run no faster on a CPU; a
+        # step is many small operations, whose own cost XLA takes away.
+        prefill, steps = backend.resolve_jit("auto"), True
+        self._start = backend.Compiled(self._prefill_and_choose, variables, prefill)
+        self._advance = backend.Compiled(self._advance_until, variables, steps, donate=(0,))
+        self._prefill_beams = backend.Compiled(self._expand_prompts, variables, prefill)
+        self._step_beams = backend.Compiled(self._expand_beams, variables, steps, donate=(0,))
 
     @property
     def traces(self) -> int:

@@ -1,0 +1,230 @@
+"""Greedy decoding beside the peers in one run: tokens per second over whole calls, and seconds of the first call.
+
+    python -m benchmarks.decode [--batches 1 8 32] [--prompts 32 512] [--dtypes float32 bfloat16] [--rounds 5]
+                                [--engines keras_llama/tensorflow keras_hub/tensorflow ...]
+
+SmolLM2-135M's shape with random weights, no stop tokens. Each engine has a process of its own, which waits while another
+runs; they take turns, several rounds, and medians count. llama.cpp has its file from this project. The limit is the
+bytes of the weights, read once a token, over the memory bandwidth measured here by two threads.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import urllib.request
+
+import numpy as np
+
+SHAPE = {
+    "vocabulary_size": 49_152,
+    "num_layers": 30,
+    "num_query_heads": 9,
+    "num_key_value_heads": 3,
+    "hidden_dim": 576,
+    "intermediate_dim": 1536,
+}
+THETA = 100_000
+CONTEXT = 2048
+PARAMETERS = 134_515_008
+BACKENDS = ("tensorflow", "jax", "torch")
+ENGINES = (
+    *(f"keras_llama/{backend}" for backend in BACKENDS),
+    *(f"keras_hub/{backend}" for backend in BACKENDS),
+    "transformers/torch",
+    "llama.cpp/",
+)
+SLOW = ("keras_hub/torch",)  # under 2 tokens a second: only when asked for
+
+
+def prompts(batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(3, 49_000, (batch, length)).astype("int32")
+
+
+def keras_llama_engine(dtype: str):
+    import keras_llama
+
+    backbone = keras_llama.LlamaBackbone(
+        **SHAPE, rope_max_wavelength=THETA, tie_word_embeddings=True, context_length=CONTEXT, dtype=dtype
+    )
+    lm = keras_llama.LlamaCausalLM(backbone, None, {"eos_token_id": []})
+    return lambda rows, new: lm.generate(rows, new, temperature=0.0, stop=None, batch_size=len(rows))
+
+
+def keras_hub_engine(dtype: str):
+    import keras_hub
+
+    backbone = keras_hub.models.Llama3Backbone(**SHAPE, rope_max_wavelength=THETA, tie_word_embeddings=True, dtype=dtype)
+    lm = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    lm.compile(sampler="greedy")
+
+    def generate(rows, new):
+        ids = np.pad(rows, [[0, 0], [0, new]])
+        mask = np.pad(np.ones_like(rows), [[0, 0], [0, new]])
+        lm.generate({"token_ids": ids, "padding_mask": mask}, stop_token_ids=None)
+
+    return generate
+
+
+def transformers_engine(dtype: str):
+    import torch
+    import transformers
+
+    config = transformers.LlamaConfig(
+        vocab_size=SHAPE["vocabulary_size"],
+        hidden_size=SHAPE["hidden_dim"],
+        intermediate_size=SHAPE["intermediate_dim"],
+        num_hidden_layers=SHAPE["num_layers"],
+        num_attention_heads=SHAPE["num_query_heads"],
+        num_key_value_heads=SHAPE["num_key_value_heads"],
+        rope_theta=THETA,
+        tie_word_embeddings=True,
+        max_position_embeddings=CONTEXT,
+    )
+    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+
+    def generate(rows, new):
+        ids = torch.tensor(rows, dtype=torch.long)
+        with torch.no_grad():
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **options)
+
+    return generate
+
+
+def llama_cpp_engine(dtype: str):
+    import xllamacpp
+
+    settings = xllamacpp.CommonParams()
+    settings.model.path = os.environ["DECODE_GGUF"]
+    settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = CONTEXT, 1, 2
+    server = xllamacpp.Server(settings)
+
+    def generate(rows, new):
+        options = {"prompt": rows[0].tolist(), "n_predict": new, "temperature": 0.0, "top_k": 1}
+        options |= {"cache_prompt": False, "ignore_eos": True}
+        request = urllib.request.Request(server.listening_address + "/completion", json.dumps(options).encode())
+        with urllib.request.urlopen(request) as answer:
+            answer.read()
+
+    return generate
+
+
+def child(engine: str, dtype: str) -> None:
+    """Reads lines [batch, prompt, new], answers each with the seconds of such a call."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    makers = {
+        "keras_llama": keras_llama_engine,
+        "keras_hub": keras_hub_engine,
+        "transformers": transformers_engine,
+        "llama.cpp": llama_cpp_engine,
+    }
+    generate = makers[engine.split("/")[0]](dtype)
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        batch, length, new = json.loads(line)
+        rows = prompts(batch, length)
+        started = time.perf_counter()
+        generate(rows, new)
+        print(time.perf_counter() - started, file=answers, flush=True)
+
+
+class Engine:
+    """One engine in a process of its own."""
+
+    def __init__(self, name: str, dtype: str, gguf: str):
+        command = [sys.executable, "-m", "benchmarks.decode", "--child", name, "--dtypes", dtype]
+        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "DECODE_GGUF": gguf}
+        environment["KERAS_BACKEND"] = name.split("/")[1] or "tensorflow"
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        if self.process.stdout.readline().strip() != "ready":
+            raise SystemExit(f"{name} did not start.")
+
+    def seconds(self, batch: int, length: int, new: int) -> float:
+        self.process.stdin.write(json.dumps([batch, length, new]) + "\n")
+        self.process.stdin.flush()
+        return float(self.process.stdout.readline())
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def bandwidth() -> float:
+    """Bytes a second that two threads read, the best of some tries."""
+    arrays = [np.ones(2**26, "float32") for _ in range(2)]
+    best = 0.0
+    for _ in range(5):
+        threads = [threading.Thread(target=array.sum) for array in arrays]
+        started = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        best = max(best, sum(array.nbytes for array in arrays) / (time.perf_counter() - started))
+    return best
+
+
+def write_gguf(path: str, dtype: str) -> None:
+    program = (
+        "import keras_llama; from benchmarks import decode as d;"
+        "b = keras_llama.LlamaBackbone(**d.SHAPE, rope_max_wavelength=d.THETA, tie_word_embeddings=True,"
+        f" context_length=d.CONTEXT, dtype={dtype!r});"
+        "t = keras_llama.LlamaCausalLM.from_preset('smollm2_135m_instruct').preprocessor;"
+        f"keras_llama.save_checkpoint(keras_llama.LlamaCausalLM(b, t), {path!r}, format='gguf')"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
+
+
+def compare(engines: list[str], dtype: str, shapes: list[tuple[int, int]], new: int, rounds: int) -> None:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        gguf = str(pathlib.Path(folder, "model.gguf"))
+        if "llama.cpp/" in engines:
+            write_gguf(gguf, dtype)
+        running = {name: Engine(name, dtype, gguf) for name in engines}
+        for engine in running.values():
+            stack.callback(engine.close)
+        for batch, length in shapes:
+            some = {name: e for name, e in running.items() if batch == 1 or not name.startswith("llama.cpp")}
+            first = {name: engine.seconds(batch, length, new) for name, engine in some.items()}
+            taken = [{name: e.seconds(batch, length, new) for name, e in some.items()} for _ in range(rounds)]
+            print(f"\n{dtype}, batch {batch}, prompt {length}: tokens/s (first call, s)")
+            for name in some:
+                speed = batch * new / statistics.median(times[name] for times in taken)
+                print(f"  {name:24}{speed:8.1f}  ({first[name]:.1f})", flush=True)
+            for ours in (name for name in some if name.startswith("keras_llama")):
+                for other in (name for name in some if not name.startswith("keras_llama")):
+                    ratio = statistics.median(times[other] / times[ours] for times in taken)
+                    print(f"  {ours} over {other}: {ratio:.2f}; first call {first[other] / first[ours]:.2f}")
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--engines", nargs="+", choices=ENGINES, default=[e for e in ENGINES if e not in SLOW])
+    flags.add_argument("--dtypes", nargs="+", choices=("float32", "bfloat16"), default=["float32", "bfloat16"])
+    flags.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32])
+    flags.add_argument("--prompts", nargs="+", type=int, default=[32, 512])
+    flags.add_argument("--new", type=int, default=128)
+    flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--child", choices=ENGINES, help=argparse.SUPPRESS)
+    args = flags.parse_args()
+    if args.child:
+        return child(args.child, args.dtypes[0])
+    speed = bandwidth()
+    print(f"memory {speed / 1e9:.0f} GB/s: at most {speed / PARAMETERS / 4:.0f} tokens/s in float32 at batch 1")
+    shapes = [(batch, length) for batch in args.batches for length in args.prompts]
+    for dtype in args.dtypes:
+        compare(args.engines, dtype, shapes, args.new, args.rounds)
+    return None
+
+
+if __name__ == "__main__":
+    main()
