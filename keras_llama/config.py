@@ -182,6 +182,7 @@ class LlamaConfig:
         for name in ("rope_max_wavelength", "layer_norm_epsilon"):
             if not _positive(getattr(self, name)):
                 raise invalid(f"`{name}` must be a positive number.", **{name: getattr(self, name)})
+            object.__setattr__(self, name, float(getattr(self, name)))  # files name the type of a number
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise invalid("`dropout` must lie in [0, 1).", dropout=self.dropout)
         for name in ["tie_word_embeddings", "attention_bias", "mlp_bias", "causal"]:

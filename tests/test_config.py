@@ -15,6 +15,12 @@ def test_derives_head_dim_and_keeps_an_explicit_one():
     assert LlamaConfig(**GOOD, head_dim=10).head_dim == 10
 
 
+def test_a_whole_number_becomes_a_real_one():
+    """GGUF files name the type of a number, and llama.cpp takes no integer as rotary base."""
+    base = LlamaConfig(vocabulary_size=9, **keras_llama.size("tiny"), rope_max_wavelength=500_000)
+    assert isinstance(base.rope_max_wavelength, float)
+
+
 def test_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         LlamaConfig(**GOOD).num_layers = 3
