@@ -1,5 +1,6 @@
 """The one file that asks which Keras backend runs, and the only one to import jax, tensorflow or torch."""
 
+import functools
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -116,13 +117,27 @@ def write(array: Any, new: Any, column: Any) -> Any:
 
     On TensorFlow by a scatter: Keras' `slice_update` is an operation of XLA's there, which a server need not have.
     """
-    if name() != "tensorflow":
+    if name() == "jax":
         return keras.ops.slice_update(array, [0, column] + [0] * (len(array.shape) - 2), new)
+    if name() == "torch":
+        import torch
+
+        return array.index_copy(1, torch.arange(new.shape[1], device=array.device) + column, new)
     import tensorflow as tf
 
     rows, length = tf.unstack(tf.shape(new)[:2])
     places = tf.stack(tf.meshgrid(tf.range(rows), tf.range(length) + tf.cast(column, tf.int32), indexing="ij"), -1)
     return tf.tensor_scatter_nd_update(array, places, new)
+
+
+def columns(array: Any, start: Any, count: Any) -> Any:
+    """`count` columns of an array (B, S, ...) from `start` on, which may be a tensor: (B, count, ...)."""
+    if name() != "torch":
+        rest = keras.ops.shape(array)[2:]
+        return keras.ops.slice(array, [0, start] + [0] * len(rest), [keras.ops.shape(array)[0], count, *rest])
+    import torch
+
+    return array.index_select(1, torch.arange(count, device=array.device) + start)
 
 
 def bucket(length: int) -> int:
@@ -193,6 +208,76 @@ class Compiled:
         if name() == "jax":
             return self._call([variable.value for variable in self._variables], *args)
         return self._call(*args)
+
+
+def flattened(function, variables):
+    """A function of arrays whose operations torch runs without the layers around them, which cost more than a step.
+
+    They are listed once for each set of shapes, without gradients; nothing may depend on the values of the arrays. On
+    TensorFlow and JAX it is the function itself.
+    """
+    if name() != "torch":
+        return function
+    import torch
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    lists: dict[Any, Any] = {}
+
+    @torch.no_grad()
+    def call(*args):
+        # A weight that is another array now, not one that was assigned to, is not on the list.
+        arrays = [*keras.tree.flatten(args), *(variable.value for variable in variables)]
+        key = tuple((x.shape, x.dtype, x.device) for x in arrays[: -len(variables)]), *map(id, arrays[-len(variables) :])
+        if key not in lists:
+            lists[key] = make_fx(lambda *args: function(*args))(*args)  # it counts the `self` of a method
+        return lists[key](*args)
+
+    return call
+
+
+class CompiledLoop:
+    """At most `count` times `state = step(state, *args)`, until `ended(state)`, as one compiled loop.
+
+    On torch the host takes the steps, and asks for the end every eighth time: an answer waits for the GPU. So there a
+    state may go a few steps on when it has ended.
+
+    Args:
+        ended: state -> bool ().
+        step: (state, *args) -> state, a `NamedTuple`.
+        variables: the Keras variables that it reads.
+    """
+
+    def __init__(self, ended, step, variables):
+        self._ended, self._step = ended, step
+        self._compiled = Compiled(functools.partial(repeat, ended, step), variables, jit_compile=True, donate=(0,))
+
+    @property
+    def traces(self) -> int:
+        """How often it was compiled for new shapes."""
+        return self._compiled.traces
+
+    def __call__(self, state, count: int, *args):
+        if name() != "torch":
+            return self._compiled(state, np.int32(count), *args)
+        args = keras.tree.map_structure(keras.ops.convert_to_tensor, args)
+        for i in range(count):
+            if i % 8 == 0 and bool(self._ended(state)):
+                break
+            state = self._step(state, *args)
+        return state
+
+
+def repeat(ended, step, state, count, *args):
+    """What `CompiledLoop` runs, inside a graph."""
+    kind = type(state)
+
+    def going_on(i, *parts):
+        return keras.ops.logical_and(i < count, keras.ops.logical_not(ended(kind(*parts))))
+
+    def next_one(i, *parts):
+        return (i + 1, *step(kind(*parts), *args))
+
+    return kind(*keras.ops.while_loop(going_on, next_one, (keras.ops.zeros((), "int32"), *state))[1:])
 
 
 def stream(dataset: keras.utils.PyDataset) -> Any:

@@ -51,11 +51,12 @@ class TokenLoop:
 
     def __init__(self, step: Callable, config: LlamaConfig, variables: Sequence, dtype: str):
         self.step, self.config, self.dtype = step, config, dtype
+        self._next_step = backend.flattened(step, variables)
         # A prompt is few large products, which XLA would compile anew for each bucket and run no faster on a CPU; a
         # step is many small operations, whose own cost XLA takes away.
         prefill, steps = backend.resolve_jit("auto"), True
         self._start = backend.Compiled(self._prefill_and_choose, variables, prefill)
-        self._advance = backend.Compiled(self._advance_until, variables, steps, donate=(0,))
+        self._advance = backend.CompiledLoop(_ended, self._next, variables)
         self._prefill_beams = backend.Compiled(self._expand_prompts, variables, prefill)
         self._step_beams = backend.Compiled(self._expand_beams, variables, steps, donate=(0,))
 
@@ -85,10 +86,9 @@ class TokenLoop:
         sampling = (settings, stops, uniforms.astype("float32"))
         last = first + max_new_tokens
         state = self._start(tokens[:, :first], mask, seen, context, *sampling)
-        shown = first
+        shown, column = first, first + 1
         while True:
-            column = min(shown + (chunk or max_new_tokens), last)
-            state = self._advance(state, np.int32(column), context, *sampling)
+            state = self._advance(state, min(shown + (chunk or max_new_tokens), last) - column, context, *sampling)
             column = int(state.column)
             written = ops.convert_to_numpy(state.tokens)[:, first:column]
             done = ops.convert_to_numpy(state.done)
@@ -141,8 +141,8 @@ class TokenLoop:
         first = ops.shape(prompts)[1]
         sampling = (settings, ops.convert_to_tensor(np.array(sorted(stop_ids) or [-1], "int32")), uniforms)
         state = self._prefill_and_choose(prompts, mask, seen, context, *sampling)
-        last = ops.cast(first + max_new_tokens, "int32")
-        return self._advance_until(state, last, context, *sampling).tokens[:, first:]
+        more = ops.cast(max_new_tokens - 1, "int32")
+        return backend.repeat(_ended, self._next, state, more, context, *sampling).tokens[:, first:]
 
     def _prompt_arrays(self, prompts, max_new_tokens):
         """Tokens and mask (B, S), seen (B, V), and the first column after the prompts."""
@@ -170,23 +170,16 @@ class TokenLoop:
         state = State(tokens, mask, cache, seen, done, ops.convert_to_tensor(column, "int32"))
         return self._write(state, logits, settings, stops, uniforms)
 
-    def _advance_until(self, state, column, context, settings, stops, uniforms):
-        def unfinished(*state):
-            state = State(*state)
-            return ops.logical_and(state.column < column, ops.logical_not(ops.all(state.done)))
-
-        def one(*state):
-            state = State(*state)
-            last = ops.slice(state.tokens, [0, state.column - 1], [ops.shape(state.tokens)[0], 1])
-            logits, cache = self.step(last, state.mask, state.cache, state.column - 1, *context)
-            return tuple(self._write(state._replace(cache=cache), logits, settings, stops, uniforms))
-
-        return State(*ops.while_loop(unfinished, one, tuple(state)))
+    def _next(self, state, context, settings, stops, uniforms):
+        """One more token for each row."""
+        last = backend.columns(state.tokens, state.column - 1, 1)
+        logits, cache = self._next_step(last, state.mask, state.cache, state.column - 1, *context)
+        return self._write(state._replace(cache=cache), logits, settings, stops, uniforms)
 
     def _write(self, state, logits, settings, stops, uniforms):
         """Chooses the next tokens and writes them into their column; rows that are done get padding."""
         rows = ops.shape(state.tokens)[0]
-        uniform = ops.squeeze(ops.slice(uniforms, [0, state.column], [rows, 1]), 1)
+        uniform = ops.squeeze(backend.columns(uniforms, state.column, 1), 1)
         ids = ops.where(state.done, 0, choose(logits, state.seen, settings, uniform))
         real = ops.cast(ops.logical_not(state.done), "int32")
         return State(
@@ -207,7 +200,7 @@ class TokenLoop:
 
     def _expand_beams(self, cache, rows, last, mask, column, seen, context, scores, penalty, stops):
         """Cache of the chosen rows, and the best continuations over all beams of a prompt (B, width)."""
-        logits, cache = self.step(last, mask, kv_cache.reorder(cache, rows), column, *context)
+        logits, cache = self._next_step(last, mask, kv_cache.reorder(cache, rows), column, *context)
         total = self._log_probabilities(logits, seen, penalty) + ops.reshape(scores, (-1, 1))
         prompts, num_beams = scores.shape
         found, ids = ops.top_k(ops.reshape(total, (prompts, -1)), _width(num_beams, stops))
@@ -215,6 +208,10 @@ class TokenLoop:
 
     def _log_probabilities(self, logits, seen, penalty):
         return penalize(ops.log_softmax(logits, axis=-1), seen, penalty)
+
+
+def _ended(state):
+    return ops.all(state.done)
 
 
 def _width(num_beams, stops):

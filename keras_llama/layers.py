@@ -11,6 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_llama import backend
 from keras_llama import cache as kv_cache
 from keras_llama.attention import attend, not_later, positions, same_segment, same_segment_or_all
 from keras_llama.config import check_heads, invalid, rope_options
@@ -79,8 +80,8 @@ class LlamaPositions(keras.layers.Layer):
 
     def call(self, token_ids, padding_mask, index=0):
         segments = ops.cast(padding_mask, "int32")
-        batch, length = ops.shape(token_ids)[0], ops.shape(token_ids)[1]
-        queries = ops.slice(segments, [0, index], [batch, length])
+        length = ops.shape(token_ids)[1]
+        queries = backend.columns(segments, index, length)
         mask = same_segment(queries, segments)
         columns = ops.arange(ops.shape(padding_mask)[1], dtype="int32")
         seen = ops.logical_and(mask, not_later(ops.arange(length, dtype="int32") + index, columns))
@@ -124,11 +125,10 @@ class LlamaMemoryMask(keras.layers.Layer):
         super().__init__(**{**kwargs, "autocast": False})
 
     def call(self, token_ids, padding_mask, memory_padding_mask, index=0):
-        batch, length = ops.shape(token_ids)[0], ops.shape(token_ids)[1]
         targets, sources = token_ids.shape[0], memory_padding_mask.shape[0]
         if targets and sources and targets % sources:
             raise invalid("There must be as many targets as sources, or n for each.", targets=targets, sources=sources)
-        queries = ops.slice(ops.cast(padding_mask, "int32"), [0, index], [batch, length])
+        queries = backend.columns(ops.cast(padding_mask, "int32"), index, ops.shape(token_ids)[1])
         queries = ops.reshape(queries, (ops.shape(memory_padding_mask)[0], -1))
         return same_segment_or_all(queries, ops.cast(memory_padding_mask, "int32"))
 
