@@ -3,9 +3,9 @@
     python -m benchmarks.decode [--batches 1 8 32] [--prompts 32 512] [--dtypes float32 bfloat16] [--rounds 5]
                                 [--engines keras_llama/tensorflow keras_hub/tensorflow ...]
 
-SmolLM2-135M's shape with random weights, no stop tokens. Each engine has a process of its own, which waits while another
-runs; they take turns, several rounds, and medians count. llama.cpp has its file from this project. The limit is the
-bytes of the weights, read once a token, over the memory bandwidth measured here by two threads.
+SmolLM2-135M's shape with random weights, no stop tokens. Each engine has a process of its own, which waits while
+another runs; they take turns, several rounds, and medians count. llama.cpp has its file from this project. The limit
+is the bytes of the weights, read once a token, over the memory bandwidth measured here by two threads.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from typing import Any
 
 import numpy as np
 
@@ -61,7 +62,9 @@ def keras_llama_engine(dtype: str):
 def keras_hub_engine(dtype: str):
     import keras_hub
 
-    backbone = keras_hub.models.Llama3Backbone(**SHAPE, rope_max_wavelength=THETA, tie_word_embeddings=True, dtype=dtype)
+    backbone = keras_hub.models.Llama3Backbone(
+        **SHAPE, rope_max_wavelength=THETA, tie_word_embeddings=True, dtype=dtype
+    )
     lm = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
     lm.compile(sampler="greedy")
 
@@ -143,8 +146,8 @@ class Engine:
         command = [sys.executable, "-m", "benchmarks.decode", "--child", name, "--dtypes", dtype]
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "DECODE_GGUF": gguf}
         environment["KERAS_BACKEND"] = name.split("/")[1] or "tensorflow"
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process = subprocess.Popen(command, env=environment, text=True, **pipes)
+        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        self.process: Any = subprocess.Popen(command, env=environment, text=True, **pipes)
         if self.process.stdout.readline().strip() != "ready":
             raise SystemExit(f"{name} did not start.")
 

@@ -225,9 +225,9 @@ def flattened(function, variables):
 
     @torch.no_grad()
     def call(*args):
+        shapes = [(x.shape, x.dtype, x.device) for x in keras.tree.flatten(args)]
         # A weight that is another array now, not one that was assigned to, is not on the list.
-        arrays = [*keras.tree.flatten(args), *(variable.value for variable in variables)]
-        key = tuple((x.shape, x.dtype, x.device) for x in arrays[: -len(variables)]), *map(id, arrays[-len(variables) :])
+        key = (*shapes, *(id(variable.value) for variable in variables))
         if key not in lists:
             lists[key] = make_fx(lambda *args: function(*args))(*args)  # it counts the `self` of a method
         return lists[key](*args)

@@ -54,11 +54,11 @@ class TokenLoop:
         self._next_step = backend.flattened(step, variables)
         # A prompt is few large products, which XLA would compile anew for each bucket and run no faster on a CPU; a
         # step is many small operations, whose own cost XLA takes away.
-        prefill, steps = backend.resolve_jit("auto"), True
+        prefill = backend.resolve_jit("auto")
         self._start = backend.Compiled(self._prefill_and_choose, variables, prefill)
         self._advance = backend.CompiledLoop(_ended, self._next, variables)
         self._prefill_beams = backend.Compiled(self._expand_prompts, variables, prefill)
-        self._step_beams = backend.Compiled(self._expand_beams, variables, steps, donate=(0,))
+        self._step_beams = backend.Compiled(self._expand_beams, variables, True, donate=(0,))
 
     @property
     def traces(self) -> int:
@@ -178,7 +178,6 @@ class TokenLoop:
 
     def _write(self, state, logits, settings, stops, uniforms):
         """Chooses the next tokens and writes them into their column; rows that are done get padding."""
-        rows = ops.shape(state.tokens)[0]
         uniform = ops.squeeze(backend.columns(uniforms, state.column, 1), 1)
         ids = ops.where(state.done, 0, choose(logits, state.seen, settings, uniform))
         real = ops.cast(ops.logical_not(state.done), "int32")

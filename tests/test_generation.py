@@ -129,12 +129,32 @@ def test_no_setting_and_few_lengths_compile_anew(models):
     assert lm._loop.traces == traces
 
 
-def test_new_weights_are_used(make_backbone):
-    lm = keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=True))
-    before = ours(lm, [[5, 8, 2]], 10)
-    for variable in lm.weights:
-        variable.assign(np.random.default_rng(8).normal(0, 0.5, variable.shape))
-    assert ours(lm, [[5, 8, 2]], 10) != before
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="the others compile")
+def test_a_step_is_taken_down_once_for_its_shapes(make_backbone, monkeypatch):
+    taken, take = [], torch.fx.experimental.proxy_tensor.make_fx
+    monkeypatch.setattr(torch.fx.experimental.proxy_tensor, "make_fx", lambda f: taken.append(f) or take(f))
+    lm = keras_llama.LlamaCausalLM(make_backbone())
+    for length in range(2, 7):
+        lm.generate([list(range(1, length))], 2 + length % 3, temperature=length / 9, top_k=length)
+    assert len(taken) == 1
+    lm.generate([[1, 2], [3, 4]], 4)
+    assert len(taken) == 2
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_new_weights_are_used(make_backbone, replaced):
+    models = [keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=True)) for _ in range(2)]
+    before = ours(models[0], [[5, 8, 2]], 10)
+    for lm in models:
+        generator = np.random.default_rng(8)
+        for variable in lm.weights:
+            value = generator.normal(0, 0.5, variable.shape).astype("float32")
+            if replaced and keras.config.backend() == "torch":
+                variable._value = torch.nn.Parameter(torch.tensor(value))
+            else:
+                variable.assign(value)
+    changed, fresh = (ours(lm, [[5, 8, 2]], 10) for lm in models)
+    assert changed == fresh != before
 
 
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
