@@ -20,7 +20,6 @@ import tempfile
 import threading
 import time
 import urllib.request
-from typing import Any
 
 import numpy as np
 
@@ -87,7 +86,7 @@ def transformers_engine(dtype: str):
         num_hidden_layers=SHAPE["num_layers"],
         num_attention_heads=SHAPE["num_query_heads"],
         num_key_value_heads=SHAPE["num_key_value_heads"],
-        rope_theta=THETA,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
         tie_word_embeddings=True,
         max_position_embeddings=CONTEXT,
     )
@@ -146,18 +145,23 @@ class Engine:
         command = [sys.executable, "-m", "benchmarks.decode", "--child", name, "--dtypes", dtype]
         environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "DECODE_GGUF": gguf}
         environment["KERAS_BACKEND"] = name.split("/")[1] or "tensorflow"
-        pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-        self.process: Any = subprocess.Popen(command, env=environment, text=True, **pipes)
-        if self.process.stdout.readline().strip() != "ready":
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.questions, self.answers = self.process.stdin, self.process.stdout
+        if self.answers.readline().strip() != "ready":
             raise SystemExit(f"{name} did not start.")
 
     def seconds(self, batch: int, length: int, new: int) -> float:
-        self.process.stdin.write(json.dumps([batch, length, new]) + "\n")
-        self.process.stdin.flush()
-        return float(self.process.stdout.readline())
+        self.questions.write(json.dumps([batch, length, new]) + "\n")
+        self.questions.flush()
+        return float(self.answers.readline())
 
     def close(self) -> None:
-        self.process.stdin.close()
+        self.questions.close()
         self.process.wait()
 
 
