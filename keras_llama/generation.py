@@ -210,6 +210,7 @@ class TokenLoop:
 
 
 def _ended(state):
+    """Whether every row has met a stop token, bool ()."""
     return ops.all(state.done)
 
 
