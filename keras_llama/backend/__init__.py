@@ -1,0 +1,37 @@
+"""The one place that asks which Keras backend runs, and the only one to import jax, tensorflow or torch."""
+
+from keras_llama.backend.arrays import assign, bucket, buckets, columns, copy, parts, write
+from keras_llama.backend.compiled import Compiled, CompiledLoop, flattened, repeat
+from keras_llama.backend.device import (
+    attention_dtype,
+    devices,
+    fuses_attention,
+    has_gpu,
+    name,
+    resolve_jit,
+    set_memory_growth,
+)
+from keras_llama.backend.streams import is_stream, stream
+
+__all__ = [
+    "Compiled",
+    "CompiledLoop",
+    "assign",
+    "attention_dtype",
+    "bucket",
+    "buckets",
+    "columns",
+    "copy",
+    "devices",
+    "flattened",
+    "fuses_attention",
+    "has_gpu",
+    "is_stream",
+    "name",
+    "parts",
+    "repeat",
+    "resolve_jit",
+    "set_memory_growth",
+    "stream",
+    "write",
+]

@@ -1,0 +1,84 @@
+"""Which Keras backend runs, on what, and what it is good at."""
+
+import os
+
+import keras
+
+from keras_llama.config import invalid
+
+
+def name() -> str:
+    """The running backend: "tensorflow", "jax" or "torch"."""
+    return keras.config.backend()
+
+
+def has_gpu() -> bool:
+    """Whether the running backend sees a GPU."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return bool(tf.config.list_physical_devices("GPU"))
+    if name() == "jax":
+        import jax
+
+        return any(device.platform == "gpu" for device in jax.devices())
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def devices() -> list[str]:
+    """The devices the running backend computes on, by name, as a recipe prints them."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        return [device.name for device in tf.config.list_logical_devices()]
+    if name() == "jax":
+        import jax
+
+        return [str(device) for device in jax.devices()]
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def set_memory_growth() -> None:
+    """Lets GPU memory grow with need instead of taking all of it; call it before the first computation.
+
+    On JAX it works only before JAX first touches the GPU; torch allocates by need anyway.
+
+    >>> keras_llama.set_memory_growth()
+    """
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        for gpu in tf.config.list_physical_devices("GPU"):
+            tf.config.experimental.set_memory_growth(gpu, True)
+    elif name() == "jax":
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+
+def fuses_attention() -> bool:
+    """Whether Keras' attention is a fused kernel; TensorFlow's is plain products, keys repeated for each query head."""
+    return name() != "tensorflow"
+
+
+def attention_dtype(dtype: str) -> str:
+    """The dtype to compute attention of `dtype` in: JAX has no float16 attention but on a GPU."""
+    return "float32" if dtype == "float16" and name() == "jax" and not has_gpu() else dtype
+
+
+def resolve_jit(jit_compile: bool | str) -> bool:
+    """What `jit_compile="auto"` means: XLA on TensorFlow with a GPU, always on JAX, never on torch.
+
+    On a CPU, TensorFlow runs bfloat16 products faster without XLA, and XLA would compile every
+    length bucket anew.
+
+    Raises:
+        ValueError: if `jit_compile` is not True, False or "auto".
+    """
+    if jit_compile not in (True, False, "auto"):
+        raise invalid('`jit_compile` must be True, False or "auto".', jit_compile=jit_compile)
+    if jit_compile != "auto":
+        return bool(jit_compile)
+    return name() == "jax" or (name() == "tensorflow" and has_gpu())
