@@ -267,7 +267,7 @@ class LlamaMLP(keras.layers.Layer):
 
     def call(self, x):
         x = ops.cast(x, self.compute_dtype)
-        return self.down(ops.silu(self.gate(x)) * self.up(x))
+        return self.down(backend.silu(self.gate(x)) * self.up(x))
 
     def get_config(self):
         return {

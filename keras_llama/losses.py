@@ -1,8 +1,9 @@
-"""Losses and metrics over real tokens. Shapes: B batch, T tokens, V vocabulary."""
+"""Losses and metrics over real tokens. Shapes: B batch, T tokens, D hidden, V vocabulary, R rows of a chunk."""
 
 import keras
 from keras import ops
 
+from keras_llama import backend
 from keras_llama.config import invalid
 from keras_llama.layers import register
 
@@ -12,7 +13,8 @@ class TokenCrossentropy(keras.losses.Loss):
     """Cross-entropy of logits (B, T, V) against ids (B, T): the mean over tokens of non-zero weight.
 
     Keras' default divides by B x T, padding included, so that the loss and its gradient would
-    depend on how much padding a batch holds.
+    depend on how much padding a batch holds. `fit` of a language model computes the same without ever holding
+    its logits, by `linear_crossentropy`.
 
     Args:
         label_smoothing: share e of the target that is spread evenly over the vocabulary (Szegedy et al.,
@@ -46,13 +48,125 @@ class TokenCrossentropy(keras.losses.Loss):
         return {"label_smoothing": self.label_smoothing, "name": self.name}
 
 
+def linear_crossentropy(hidden, kernel, targets, weights, label_smoothing=0.0, training=True):
+    """`TokenCrossentropy` of the logits hidden kernel^T, which works its gradient out in the same pass.
+
+    It goes over the tokens in chunks: neither logits nor their gradient are ever held as a whole, and tokens of
+    weight 0 are not computed.
+
+    Args:
+        hidden: (B, T, D), in the dtype to multiply in.
+        kernel: (V, D).
+        targets: int (B, T).
+        weights: float32 (B, T).
+        label_smoothing: as in `TokenCrossentropy`.
+        training: whether a gradient is wanted.
+
+    Returns:
+        The loss (), and of each token its cross-entropy without smoothing and whether its target has the highest
+        logit, float32 (B, T), 0 where the weight is; these two have no gradient.
+
+    >>> hidden, kernel = ops.convert_to_tensor([[[1.0, 2.0]]]), ops.convert_to_tensor([[0.0, 0.0], [0.0, 1.0]])
+    >>> loss, entropy, right = linear_crossentropy(hidden, kernel, ops.ones((1, 1), "int32"), ops.ones((1, 1)))
+    >>> round(float(loss), 3), float(right[0, 0])
+    (0.127, 1.0)
+    """
+    shape = ops.shape(hidden)
+    rows = (1, -1)  # as one text: what there is for columns of a cache serves for them
+    targets, weights = ops.reshape(ops.cast(targets, "int32"), rows), ops.reshape(ops.cast(weights, "float32"), rows)
+    share = weights / ops.maximum(ops.sum(weights), keras.config.epsilon())
+    arrays = (ops.reshape(hidden, (*rows, shape[-1])), ops.convert_to_tensor(kernel))
+    constant = map(ops.stop_gradient, arrays)
+    loss, scores, gradients = _in_chunks(*constant, targets, share, label_smoothing, training)
+    for array, gradient in zip(arrays, gradients, strict=training):
+        # Adds nothing but a gradient. A custom gradient would do the same, but see `backend.silu`.
+        product = ops.sum(ops.cast(array, "float32") * gradient)
+        loss += product - ops.stop_gradient(product)
+    return loss, *(ops.reshape(score, shape[:2]) for score in scores)
+
+
+def rows_of_chunk(vocabulary: int) -> int:
+    """How many tokens' logits are held at a time: 64 MiB, but enough of them for a fast product.
+
+    >>> rows_of_chunk(49_152), rows_of_chunk(1_000_000)
+    (341, 128)
+    """
+    return max(128, 2**24 // vocabulary)
+
+
+def _in_chunks(hidden, kernel, targets, share, smoothing, training):
+    """Loss (), (cross-entropy, right) of each token (1, T), and the loss' gradients by `hidden` and `kernel`."""
+    length, vocabulary = ops.shape(targets)[1], kernel.shape[0]
+    rows = rows_of_chunk(vocabulary)
+    rows = min(rows, length) if isinstance(length, int) else ops.minimum(rows, length)  # open in TensorFlow's graph
+    padding = -length % rows
+    multiplier = ops.cast(kernel, hidden.dtype)
+    # Tokens that count come first, and the loop ends behind them.
+    counted = ops.not_equal(share[0], 0)
+    order = ops.argsort(ops.cast(ops.logical_not(counted), "int32"))
+    chunks = (ops.sum(ops.cast(counted, "int32")) + rows - 1) // rows
+
+    def ordered(x):
+        return ops.pad(ops.take(x, order, axis=1), [[0, 0], [0, padding], *[[0, 0]] * (len(x.shape) - 2)])
+
+    hidden, targets, share = ordered(hidden), ordered(targets), ordered(share)
+
+    def chunk(i, loss, entropies, rights, *gradients):
+        start = i * rows
+        some, wanted, weight = (backend.columns(x, start, rows)[0] for x in (hidden, targets, share))
+        logits = ops.cast(ops.matmul(some, ops.transpose(multiplier)), "float32")
+        right = ops.cast(ops.equal(ops.cast(ops.argmax(logits, axis=-1), "int32"), wanted), "float32")
+        spread = 0.0
+        if smoothing:
+            chosen = ops.squeeze(ops.take_along_axis(logits, wanted[:, None], axis=-1), -1)
+            spread = smoothing * (chosen - ops.mean(logits, axis=-1))
+        entropy, error = backend.softmax_error(logits, wanted)
+        scores = (backend.write(x, new[None], start) for x, new in ((entropies, entropy), (rights, right)))
+        loss += ops.sum(weight * (entropy + spread))
+        if training:
+            if smoothing:
+                error += smoothing * (ops.one_hot(wanted, vocabulary, dtype="float32") - 1 / vocabulary)
+            error = ops.cast(error * weight[:, None], some.dtype)
+            by_hidden, by_kernel = gradients
+            by_row = ops.cast(ops.matmul(error, multiplier), "float32")
+            by_kernel += ops.cast(ops.matmul(ops.transpose(error), some), "float32")
+            gradients = (backend.write(by_hidden, by_row[None], start), by_kernel)
+        return (i + 1, loss, *scores, *gradients)
+
+    nothing = ops.zeros(ops.shape(targets), "float32")
+    gradients = (ops.zeros(ops.shape(hidden), "float32"), ops.zeros(kernel.shape, "float32")) if training else ()
+    first = (ops.zeros((), "int32"), ops.zeros((), "float32"), nothing, nothing, *gradients)
+    _, loss, *arrays = ops.while_loop(lambda i, *_: i < chunks, chunk, first)
+    place = ops.argsort(order)
+    *arrays, by_kernel = arrays if training else (*arrays, None)
+    entropy, right, *by_hidden = (ops.take(x, place, axis=1) for x in arrays)
+    return loss, (entropy, right), (*by_hidden, by_kernel) if training else ()
+
+
 def token_metrics():
     """Perplexity and accuracy over the tokens of non-zero weight."""
-    return [Perplexity(), keras.metrics.SparseCategoricalAccuracy(name="accuracy", dtype="float32")]
+    return [Perplexity(), TokenAccuracy()]
+
+
+class TokenMetric(keras.metrics.Mean):
+    """The mean over tokens of something that `linear_crossentropy` gives as well as logits do."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        logits, targets = ops.cast(y_pred, "float32"), ops.cast(y_true, "int32")
+        entropy = keras.losses.sparse_categorical_crossentropy(targets, logits, from_logits=True)
+        right = ops.cast(ops.equal(ops.cast(ops.argmax(logits, axis=-1), "int32"), targets), "float32")
+        self.add(entropy, right, sample_weight)
+
+    def add(self, entropy, right, weights):
+        """Counts tokens in, all arguments (B, T)."""
+        raise NotImplementedError
+
+    def get_config(self):
+        return {"name": self.name, "dtype": self.dtype}
 
 
 @register
-class Perplexity(keras.metrics.Mean):
+class Perplexity(TokenMetric):
     """exp of the mean cross-entropy per real token, exact over batches of any size and padding.
 
     >>> metric = Perplexity()
@@ -64,13 +178,25 @@ class Perplexity(keras.metrics.Mean):
     def __init__(self, name="perplexity", dtype="float32"):
         super().__init__(name=name, dtype=dtype)
 
-    def update_state(self, y_true, y_pred, sample_weight=None):
-        logits = ops.cast(y_pred, "float32")
-        entropy = keras.losses.sparse_categorical_crossentropy(y_true, logits, from_logits=True)
-        super().update_state(entropy, sample_weight=sample_weight)
+    def add(self, entropy, right, weights):
+        super(TokenMetric, self).update_state(entropy, sample_weight=weights)
 
     def result(self):
         return ops.exp(super().result())
 
-    def get_config(self):
-        return {"name": self.name, "dtype": self.dtype}
+
+@register
+class TokenAccuracy(TokenMetric):
+    """How many real tokens have the highest logit of all.
+
+    >>> metric = TokenAccuracy()
+    >>> metric.update_state(np.array([[1, 0]]), np.array([[[0.0, 2.0], [0.0, 2.0]]]))
+    >>> float(metric.result())
+    0.5
+    """
+
+    def __init__(self, name="accuracy", dtype="float32"):
+        super().__init__(name=name, dtype=dtype)
+
+    def add(self, entropy, right, weights):
+        super(TokenMetric, self).update_state(right, sample_weight=weights)

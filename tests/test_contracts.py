@@ -21,6 +21,7 @@ ORDER = [
     "backend.device",
     "backend.arrays",
     "backend.compiled",
+    "backend.gradients",
     "backend.streams",
     "rope",
     "attention",

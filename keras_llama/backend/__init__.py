@@ -11,6 +11,7 @@ from keras_llama.backend.device import (
     resolve_jit,
     set_memory_growth,
 )
+from keras_llama.backend.gradients import silu, softmax_error
 from keras_llama.backend.streams import is_stream, stream
 
 __all__ = [
@@ -32,6 +33,8 @@ __all__ = [
     "repeat",
     "resolve_jit",
     "set_memory_growth",
+    "silu",
+    "softmax_error",
     "stream",
     "write",
 ]

@@ -1,5 +1,6 @@
 """Datasets in the form in which each backend's `fit` takes them."""
 
+import weakref
 from typing import Any
 
 import keras
@@ -24,8 +25,11 @@ def stream(dataset: keras.utils.PyDataset) -> Any:
         keras.tree.map_structure(lambda x: tf.TensorSpec([None] * x.ndim, x.dtype), dataset[0]),
     )
     specs = keras.tree.flatten(signature)
+    # TensorFlow keeps every function that it calls back, for good; the data and its model must not hang on one.
+    reference = weakref.ref(dataset)
 
     def batch(index):
+        dataset = reference()
         if index == 0:
             dataset.on_epoch_begin()
             if len(dataset) != size:
@@ -47,7 +51,9 @@ def stream(dataset: keras.utils.PyDataset) -> Any:
 
     # Not `from_generator`: with it every freed block of memory over 128 kB goes back to the system at once (TensorFlow
     # 2.21, generator_dataset_op.cc), for the rest of the process; a training step of 99 ms took 124.
-    return tf.data.Dataset.range(size).map(tensors).prefetch(2)
+    streamed = tf.data.Dataset.range(size).map(tensors).prefetch(2)
+    streamed.source = dataset  # as long as there is somebody to read it
+    return streamed
 
 
 def is_stream(data: Any) -> bool:

@@ -3,9 +3,11 @@
 Shapes: B batch, T tokens, D hidden, V vocabulary.
 """
 
+import contextvars
 import functools
 
 import keras
+from keras import ops
 
 from keras_llama.config import invalid
 from keras_llama.export.graph_loop import continued
@@ -13,14 +15,40 @@ from keras_llama.export.saved_model import INTEGER, NUMBER
 from keras_llama.heads.plan import make_plan
 from keras_llama.heads.task import Task
 from keras_llama.layers import kernel_initializer
-from keras_llama.losses import TokenCrossentropy, token_metrics
+from keras_llama.losses import (
+    Perplexity,
+    TokenAccuracy,
+    TokenCrossentropy,
+    TokenMetric,
+    linear_crossentropy,
+    token_metrics,
+)
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAMPLING = {"max_new_tokens": INTEGER, "temperature": NUMBER, "top_k": INTEGER, "top_p": NUMBER, "seed": INTEGER}
 
+_at_hidden = contextvars.ContextVar("at_hidden", default=False)  # of a thread: TensorFlow has one for each replica
+
+
+def _without_logits(step):
+    """A step of `fit` or `evaluate` in which the model ends at its hidden states, where loss and metrics allow it."""
+
+    @functools.wraps(step)
+    def run(self, *args):
+        token = _at_hidden.set(self.chunked)
+        try:
+            return step(self, *args)
+        finally:
+            _at_hidden.reset(token)
+
+    return run
+
 
 class LanguageModel(Task):
     """A task whose outputs are logits of each next token, float32 (B, T, V), trained on the tokens of its input.
+
+    With a `TokenCrossentropy` and `TokenMetric`s, which are the defaults, `fit` and `evaluate` take head, loss and
+    metrics as one step, `linear_crossentropy`, and never hold the logits; with others they compute all of them.
 
     Args:
         backbone: gives hidden states (B, T, D); its `tie_word_embeddings` decides whether the head is its embedding
@@ -45,6 +73,7 @@ class LanguageModel(Task):
         logits = keras.layers.Activation("linear", dtype="float32", name="logits")(to_logits(backbone(backbone.input)))
         super().__init__(backbone, preprocessor, logits, **kwargs)
         self._to_logits = to_logits  # hidden states (.., D) -> logits (.., V)
+        self.chunked = False
         self.generation_config = dict(generation_config or {})
 
     @classmethod
@@ -114,6 +143,47 @@ class LanguageModel(Task):
 
     def default_metrics(self):
         return {"metrics": None, "weighted_metrics": token_metrics()}
+
+    def metrics_by_name(self):
+        return {"accuracy": TokenAccuracy(), "perplexity": Perplexity()}
+
+    def choose_step(self, metrics, weighted_metrics, loss_weights=None, **_):
+        known = all(isinstance(metric, TokenMetric) for metric in weighted_metrics or ())
+        self.chunked = isinstance(self.loss, TokenCrossentropy) and known and not metrics and loss_weights is None
+        for group in self._metric_groups() if self.chunked else ():
+            # Keras builds them with the first logits, and there will be none.
+            group.build(ops.zeros((1, 1)), ops.zeros((1, 1, 2)))
+
+    train_step = _without_logits(Task.train_step)
+    test_step = _without_logits(Task.test_step)
+
+    def call(self, inputs, training=None, mask=None):
+        if _at_hidden.get():
+            return self.backbone.call(inputs, training=training, mask=mask)
+        return super().call(inputs, training=training, mask=mask)
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        if not _at_hidden.get():
+            return super().compute_loss(x, y, y_pred, sample_weight, training)
+        smoothing = self.loss.label_smoothing
+        loss, entropy, right = linear_crossentropy(y_pred, self._head_kernel(), y, sample_weight, smoothing, training)
+        for group in self._metric_groups():
+            for metric in group.metrics:
+                metric.add(entropy, right, sample_weight)
+        return sum((ops.sum(other) for other in self.losses), loss)
+
+    def compute_metrics(self, x, y, y_pred, sample_weight=None):
+        return self.get_metrics_result() if _at_hidden.get() else super().compute_metrics(x, y, y_pred, sample_weight)
+
+    def _metric_groups(self):
+        """What Keras made of the lists of metrics."""
+        return [group for group in self.metrics if hasattr(group, "metrics")]
+
+    def _head_kernel(self):
+        """The head's weights (V, D)."""
+        if self.backbone.config.tie_word_embeddings:
+            return ops.convert_to_tensor(self.backbone.token_embedding.embeddings)
+        return ops.transpose(self.get_layer(self.head).kernel)
 
     def check_targets(self, y, rows, training=False):
         if y is not None:

@@ -45,6 +45,9 @@ class Task(Inputs, Files):
     def metrics_by_name(self):
         return {}
 
+    def choose_step(self, metrics, weighted_metrics, **options):
+        """Called at the end of `compile` with what it found and its other options."""
+
     def compile(
         self, optimizer="auto", loss="auto", *, metrics="auto", weighted_metrics="auto", jit_compile="auto", **kwargs
     ):
@@ -73,16 +76,20 @@ class Task(Inputs, Files):
         metrics = [metrics] if isinstance(metrics, str) else metrics
         weighted_metrics = own["weighted_metrics"] if weighted_metrics == "auto" else weighted_metrics
         weighted_metrics = [weighted_metrics] if isinstance(weighted_metrics, str) else weighted_metrics
+        metrics, weighted_metrics = (
+            given and [named.get(m, m) if isinstance(m, str) else m for m in given]
+            for given in (metrics, weighted_metrics)
+        )
         self._jit_choice = jit_compile
         super().compile(
             optimizer=optimizer,
             loss=loss,
-            metrics=metrics and [named.get(m, m) if isinstance(m, str) else m for m in metrics],
-            weighted_metrics=weighted_metrics
-            and [named.get(m, m) if isinstance(m, str) else m for m in weighted_metrics],
+            metrics=metrics,
+            weighted_metrics=weighted_metrics,
             jit_compile=backend.resolve_jit(jit_compile),
             **kwargs,
         )
+        self.choose_step(metrics, weighted_metrics, **kwargs)
 
     def _loss_of_logits(self, loss):
         """A loss given by name, alias or function in its form for logits; other losses as they are."""

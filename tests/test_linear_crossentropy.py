@@ -1,0 +1,135 @@
+"""`linear_crossentropy` in `fit` and `evaluate` is the dense `TokenCrossentropy`: values, gradients and metrics."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_llama
+from keras_llama import losses
+from keras_llama.losses import Perplexity, TokenAccuracy, TokenCrossentropy, linear_crossentropy
+
+
+@pytest.fixture(params=[2, 7, 10_000], ids=lambda rows: f"chunks of {rows}")
+def _chunk(request, monkeypatch):
+    """Chunks that leave a rest, and one that holds all."""
+    monkeypatch.setattr(losses, "rows_of_chunk", lambda vocabulary: request.param)
+
+
+def batch(rng, rows=5, length=9):
+    mask = (np.arange(length) < rng.integers(2, length + 1, (rows, 1))).astype("int32")
+    return {"token_ids": rng.integers(0, 60, (rows, length)), "padding_mask": mask}
+
+
+def step(make_backbone, inputs, dense=False, tied=True, smoothing=0.0, dtype="float32", **options):
+    """Loss and metrics of one step of gradient descent, and by how much each weight moved."""
+    keras.utils.set_random_seed(0)
+    model = keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=tied, dtype=dtype))
+    start = [ops.convert_to_numpy(v) for v in model.trainable_variables]
+    model.compile(keras.optimizers.SGD(1.0), TokenCrossentropy(smoothing), **options)
+    assert model.chunked
+    model.chunked = not dense
+    weights = np.arange(1.0, 1 + len(inputs["token_ids"]))
+    history = model.fit(inputs, sample_weight=weights, batch_size=64, shuffle=False, verbose=0).history
+    moved = [ops.convert_to_numpy(v) - old for v, old in zip(model.trainable_variables, start, strict=True)]
+    evaluated = model.evaluate(inputs, sample_weight=weights, verbose=0, return_dict=True)
+    return {name: values[0] for name, values in history.items()}, evaluated, moved
+
+
+@pytest.mark.usefixtures("_chunk")
+@pytest.mark.parametrize("options", [{}, {"tied": False}, {"smoothing": 0.2}, {"jit_compile": True}], ids=str)
+def test_it_is_the_dense_loss_with_its_gradients(make_backbone, rng, options):
+    if options.get("jit_compile") and keras.config.backend() == "torch":
+        pytest.skip("torch compiles nothing here")
+    inputs = batch(rng)
+    found, expected = (step(make_backbone, inputs, dense, **options) for dense in (False, True))
+    for one, other in zip(found[:2], expected[:2], strict=True):
+        assert set(one) == {"loss", "perplexity", "accuracy"}
+        assert one == pytest.approx(other, rel=1e-5)
+    for one, other in zip(found[2], expected[2], strict=True):
+        assert np.abs(other).max() > 1e-3
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_in_bfloat16_the_products_are_rounded_and_the_loss_is_not(make_backbone, rng):
+    inputs = batch(rng)
+    found, expected = (step(make_backbone, inputs, dense, dtype="mixed_bfloat16") for dense in (False, True))
+    assert found[0] == pytest.approx(expected[0], rel=5e-3)  # a logit has 8 bits, and XLA rounds it where it likes
+    for one, other in zip(found[2], expected[2], strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=np.abs(other).max() / 20)
+
+
+@pytest.mark.parametrize("rows", [2, 7])
+def test_tokens_of_weight_0_are_not_computed(rows, monkeypatch):
+    """Rows that hold no number would show."""
+    monkeypatch.setattr(losses, "rows_of_chunk", lambda vocabulary: rows)
+    hidden = np.ones((2, 14, 3), "float32")
+    hidden[1] = np.nan
+    weights = np.zeros((2, 14), "float32")
+    weights[0] = 1
+    for training in (True, False):
+        arrays = (hidden, np.eye(4, 3, dtype="float32"), np.zeros((2, 14), "int32"), weights)
+        _, entropy, _ = linear_crossentropy(*map(ops.convert_to_tensor, arrays), training=training)
+        np.testing.assert_allclose(entropy[0], np.log(3 + np.exp(-1)), rtol=1e-6)
+        assert not ops.convert_to_numpy(entropy)[1].any()
+
+
+def test_nothing_but_padding_has_no_loss(make_backbone):
+    nothing = {"token_ids": np.ones((2, 3), int), "padding_mask": np.zeros((2, 3), int)}
+    found, _, moved = step(make_backbone, nothing)
+    assert found["loss"] == 0
+    assert not any(np.any(change) for change in moved)
+
+
+OTHER = [
+    {"metrics": ["accuracy"]},
+    {"weighted_metrics": [keras.metrics.SparseCategoricalCrossentropy(from_logits=True)]},
+    {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)},
+    {"loss_weights": 0.5},
+]
+
+
+@pytest.mark.parametrize("options", OTHER, ids=lambda options: next(iter(options)))
+def test_what_needs_logits_gets_them(make_backbone, rng, options):
+    model = keras_llama.LlamaCausalLM(make_backbone())
+    model.compile(**options)
+    assert not model.chunked
+    history = model.fit(batch(rng), verbose=0).history
+    assert all(np.isfinite(values).all() for values in history.values())
+
+
+def test_weighted_metrics_by_name_need_no_logits(make_backbone, rng):
+    model = keras_llama.LlamaCausalLM(make_backbone())
+    model.compile(loss="sparse_categorical_crossentropy", weighted_metrics=["perplexity"])
+    assert model.chunked
+    assert set(model.evaluate(batch(rng), verbose=0, return_dict=True)) == {"loss", "perplexity"}
+
+
+def test_predict_gives_logits_after_fit(make_backbone, rng):
+    model = keras_llama.LlamaCausalLM(make_backbone())
+    model.compile()
+    model.fit(batch(rng), verbose=0)
+    assert model.predict(batch(rng), verbose=0).shape == (5, 9, 60)
+    assert tuple(model(batch(rng)).shape) == (5, 9, 60)
+
+
+def test_metrics_of_logits_are_those_of_the_chunks(rng):
+    logits, targets = rng.normal(size=(2, 3, 5)).astype("float32"), rng.integers(0, 5, (2, 3))
+    weights = np.array([[1, 1, 0], [0.5, 0, 0]], "float32")
+    hidden, kernel = ops.convert_to_tensor(logits), ops.convert_to_tensor(np.eye(5, dtype="float32"))
+    _, *scores = linear_crossentropy(hidden, kernel, targets, weights, training=False)
+    for kind in (Perplexity, TokenAccuracy):
+        dense, chunked = kind(), kind()
+        dense.update_state(targets, logits, weights)
+        chunked.add(*scores, weights)
+        assert float(chunked.result()) == pytest.approx(float(dense.result()), rel=1e-5)
+
+
+def test_the_gradient_of_a_scaled_loss_is_scaled(make_backbone, rng):
+    """float16 scales the loss up before it derives it; the optimiser scales back."""
+    inputs = batch(rng)
+    plain, scaled = (
+        step(make_backbone, inputs, dtype=dtype)[2] for dtype in ("float32", "mixed_float16")
+    )  # `compile` wraps the optimiser in one that scales
+    for one, other in zip(scaled, plain, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=np.abs(other).max() / 20)
