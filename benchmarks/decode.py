@@ -20,21 +20,13 @@ import tempfile
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 
 import numpy as np
 
-SHAPE = {
-    "vocabulary_size": 49_152,
-    "num_layers": 30,
-    "num_query_heads": 9,
-    "num_key_value_heads": 3,
-    "hidden_dim": 576,
-    "intermediate_dim": 1536,
-}
-THETA = 100_000
-CONTEXT = 2048
+from benchmarks.engines import BACKENDS, CONTEXT, Engine, keras_hub_lm, keras_llama_lm, serve, transformers_lm
+
 PARAMETERS = 134_515_008
-BACKENDS = ("tensorflow", "jax", "torch")
 ENGINES = (
     *(f"keras_llama/{backend}" for backend in BACKENDS),
     *(f"keras_hub/{backend}" for backend in BACKENDS),
@@ -49,22 +41,12 @@ def prompts(batch: int, length: int) -> np.ndarray:
 
 
 def keras_llama_engine(dtype: str):
-    import keras_llama
-
-    backbone = keras_llama.LlamaBackbone(
-        **SHAPE, rope_max_wavelength=THETA, tie_word_embeddings=True, context_length=CONTEXT, dtype=dtype
-    )
-    lm = keras_llama.LlamaCausalLM(backbone, None, {"eos_token_id": []})
+    lm = keras_llama_lm(dtype)
     return lambda rows, new: lm.generate(rows, new, temperature=0.0, stop=None, batch_size=len(rows))
 
 
 def keras_hub_engine(dtype: str):
-    import keras_hub
-
-    backbone = keras_hub.models.Llama3Backbone(
-        **SHAPE, rope_max_wavelength=THETA, tie_word_embeddings=True, dtype=dtype
-    )
-    lm = keras_hub.models.Llama3CausalLM(backbone, preprocessor=None)
+    lm = keras_hub_lm(dtype)
     lm.compile(sampler="greedy")
 
     def generate(rows, new):
@@ -77,20 +59,8 @@ def keras_hub_engine(dtype: str):
 
 def transformers_engine(dtype: str):
     import torch
-    import transformers
 
-    config = transformers.LlamaConfig(
-        vocab_size=SHAPE["vocabulary_size"],
-        hidden_size=SHAPE["hidden_dim"],
-        intermediate_size=SHAPE["intermediate_dim"],
-        num_hidden_layers=SHAPE["num_layers"],
-        num_attention_heads=SHAPE["num_query_heads"],
-        num_key_value_heads=SHAPE["num_key_value_heads"],
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
-        tie_word_embeddings=True,
-        max_position_embeddings=CONTEXT,
-    )
-    model = transformers.LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    model = transformers_lm(dtype).eval()
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     def generate(rows, new):
@@ -119,9 +89,8 @@ def llama_cpp_engine(dtype: str):
     return generate
 
 
-def child(engine: str, dtype: str) -> None:
-    """Reads lines [batch, prompt, new], answers each with the seconds of such a call."""
-    answers, sys.stdout = sys.stdout, sys.stderr
+def child(engine: str, dtype: str) -> Callable[[int, int, int], float]:
+    """The seconds of a call, by batch, prompt and new tokens."""
     makers = {
         "keras_llama": keras_llama_engine,
         "keras_hub": keras_hub_engine,
@@ -129,40 +98,14 @@ def child(engine: str, dtype: str) -> None:
         "llama.cpp": llama_cpp_engine,
     }
     generate = makers[engine.split("/")[0]](dtype)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        batch, length, new = json.loads(line)
+
+    def seconds(batch, length, new):
         rows = prompts(batch, length)
         started = time.perf_counter()
         generate(rows, new)
-        print(time.perf_counter() - started, file=answers, flush=True)
+        return time.perf_counter() - started
 
-
-class Engine:
-    """One engine in a process of its own."""
-
-    def __init__(self, name: str, dtype: str, gguf: str):
-        command = [sys.executable, "-m", "benchmarks.decode", "--child", name, "--dtypes", dtype]
-        environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "DECODE_GGUF": gguf}
-        environment["KERAS_BACKEND"] = name.split("/")[1] or "tensorflow"
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            command, env=environment, text=True, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL
-        )
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.questions, self.answers = self.process.stdin, self.process.stdout
-        if self.answers.readline().strip() != "ready":
-            raise SystemExit(f"{name} did not start.")
-
-    def seconds(self, batch: int, length: int, new: int) -> float:
-        self.questions.write(json.dumps([batch, length, new]) + "\n")
-        self.questions.flush()
-        return float(self.answers.readline())
-
-    def close(self) -> None:
-        self.questions.close()
-        self.process.wait()
+    return seconds
 
 
 def bandwidth() -> float:
@@ -182,11 +125,10 @@ def bandwidth() -> float:
 
 def write_gguf(path: str, dtype: str) -> None:
     program = (
-        "import keras_llama; from benchmarks import decode as d;"
-        "b = keras_llama.LlamaBackbone(**d.SHAPE, rope_max_wavelength=d.THETA, tie_word_embeddings=True,"
-        f" context_length=d.CONTEXT, dtype={dtype!r});"
+        "import keras_llama; from benchmarks.engines import keras_llama_lm;"
         "t = keras_llama.LlamaCausalLM.from_preset('smollm2_135m_instruct').preprocessor;"
-        f"keras_llama.save_checkpoint(keras_llama.LlamaCausalLM(b, t), {path!r}, format='gguf')"
+        f"lm = keras_llama.LlamaCausalLM(keras_llama_lm({dtype!r}).backbone, t);"
+        f"keras_llama.save_checkpoint(lm, {path!r}, format='gguf')"
     )
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
@@ -196,13 +138,13 @@ def compare(engines: list[str], dtype: str, shapes: list[tuple[int, int]], new: 
         gguf = str(pathlib.Path(folder, "model.gguf"))
         if "llama.cpp/" in engines:
             write_gguf(gguf, dtype)
-        running = {name: Engine(name, dtype, gguf) for name in engines}
+        running = {name: Engine("benchmarks.decode", name, "--dtypes", dtype, DECODE_GGUF=gguf) for name in engines}
         for engine in running.values():
             stack.callback(engine.close)
         for batch, length in shapes:
             some = {name: e for name, e in running.items() if batch == 1 or not name.startswith("llama.cpp")}
-            first = {name: engine.seconds(batch, length, new) for name, engine in some.items()}
-            taken = [{name: e.seconds(batch, length, new) for name, e in some.items()} for _ in range(rounds)]
+            first = {name: engine.ask(batch, length, new) for name, engine in some.items()}
+            taken = [{name: e.ask(batch, length, new) for name, e in some.items()} for _ in range(rounds)]
             print(f"\n{dtype}, batch {batch}, prompt {length}: tokens/s (first call, s)")
             for name in some:
                 speed = batch * new / statistics.median(times[name] for times in taken)
@@ -224,7 +166,7 @@ def main() -> None:
     flags.add_argument("--child", choices=ENGINES, help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.child:
-        return child(args.child, args.dtypes[0])
+        return serve(lambda: child(args.child, args.dtypes[0]))
     speed = bandwidth()
     print(f"memory {speed / 1e9:.0f} GB/s: at most {speed / PARAMETERS / 4:.0f} tokens/s in float32 at batch 1")
     shapes = [(batch, length) for batch in args.batches for length in args.prompts]

@@ -85,8 +85,9 @@ def weights(query, key, mask):
     grouped = ops.reshape(ops.transpose(grouped, (0, 2, 3, 1, 4)), (rows, groups, heads // groups * length, width))
     scores = ops.cast(ops.matmul(grouped, ops.transpose(key, (0, 2, 3, 1))), "float32") * width**-0.5
     scores = ops.reshape(scores, (rows, heads, length, ops.shape(key)[1]))
-    # Keras' `softmax` warns of a text of one token: an axis of size 1.
-    return ops.exp(ops.log_softmax(ops.where(ops.expand_dims(mask, 1), scores, -1e30), axis=-1))
+    if scores.shape[-1] == 1:
+        return ops.ones_like(scores)  # Keras warns of a softmax over one
+    return ops.softmax(ops.where(ops.expand_dims(mask, 1), scores, -1e30), axis=-1)
 
 
 def _summed(shares, value):

@@ -76,8 +76,8 @@ def linear_crossentropy(hidden, kernel, targets, weights, label_smoothing=0.0, t
     targets, weights = ops.reshape(ops.cast(targets, "int32"), rows), ops.reshape(ops.cast(weights, "float32"), rows)
     share = weights / ops.maximum(ops.sum(weights), keras.config.epsilon())
     arrays = (ops.reshape(hidden, (*rows, shape[-1])), ops.convert_to_tensor(kernel))
-    constant = map(ops.stop_gradient, arrays)
-    loss, scores, gradients = _in_chunks(*constant, targets, share, label_smoothing, training)
+    constant, multiplier = (ops.stop_gradient(array) for array in arrays)
+    loss, scores, gradients = _in_chunks(constant, multiplier, targets, share, label_smoothing, training)
     for array, gradient in zip(arrays, gradients, strict=training):
         # Adds nothing but a gradient. A custom gradient would do the same, but see `backend.silu`.
         product = ops.sum(ops.cast(array, "float32") * gradient)
@@ -97,9 +97,9 @@ def rows_of_chunk(vocabulary: int) -> int:
 def _in_chunks(hidden, kernel, targets, share, smoothing, training):
     """Loss (), (cross-entropy, right) of each token (1, T), and the loss' gradients by `hidden` and `kernel`."""
     length, vocabulary = ops.shape(targets)[1], kernel.shape[0]
-    rows = rows_of_chunk(vocabulary)
-    rows = min(rows, length) if isinstance(length, int) else ops.minimum(rows, length)  # open in TensorFlow's graph
-    padding = -length % rows
+    parts = -(-length // rows_of_chunk(vocabulary))  # `length` is open in TensorFlow's graph
+    rows = -(-length // parts)
+    padding = parts * rows - length
     multiplier = ops.cast(kernel, hidden.dtype)
     # Tokens that count come first, and the loop ends behind them.
     counted = ops.not_equal(share[0], 0)
@@ -115,12 +115,12 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, training):
         start = i * rows
         some, wanted, weight = (backend.columns(x, start, rows)[0] for x in (hidden, targets, share))
         logits = ops.cast(ops.matmul(some, ops.transpose(multiplier)), "float32")
-        right = ops.cast(ops.equal(ops.cast(ops.argmax(logits, axis=-1), "int32"), wanted), "float32")
         spread = 0.0
         if smoothing:
             chosen = ops.squeeze(ops.take_along_axis(logits, wanted[:, None], axis=-1), -1)
             spread = smoothing * (chosen - ops.mean(logits, axis=-1))
-        entropy, error = backend.softmax_error(logits, wanted)
+        entropy, error, hits = backend.softmax_error(logits, wanted)
+        right = ops.cast(hits, "float32")
         scores = (backend.write(x, new[None], start) for x, new in ((entropies, entropy), (rights, right)))
         loss += ops.sum(weight * (entropy + spread))
         if training:

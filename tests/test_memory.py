@@ -12,10 +12,10 @@ def anonymous():
         return sum(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
 
 ids = np.ones((1, 8), "int32")
-sizes = dict(vocabulary_size=8_000, num_layers=2, num_query_heads=8, num_key_value_heads=4, hidden_dim=512, intermediate_dim=2048)
+sizes = {**keras_llama.size("tiny"), "hidden_dim": 512, "intermediate_dim": 2048}
 levels = []
 for _ in range(8):
-    backbone = keras_llama.LlamaBackbone(**sizes)
+    backbone = keras_llama.LlamaBackbone(vocabulary_size=8_000, **sizes)
     lm = keras_llama.LlamaCausalLM(backbone, None, {"eos_token_id": []})
     megabytes = sum(int(np.prod(v.shape)) for v in lm.weights) * 4 / 2**20
     if sys.argv[1] == "fit":

@@ -30,6 +30,7 @@ def stream(dataset: keras.utils.PyDataset) -> Any:
 
     def batch(index):
         dataset = reference()
+        assert dataset is not None
         if index == 0:
             dataset.on_epoch_begin()
             if len(dataset) != size:

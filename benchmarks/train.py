@@ -1,0 +1,149 @@
+"""Training beside the peers in one run: tokens per second of `fit`, and peak memory of the process.
+
+    python -m benchmarks.train [--shapes 4x256 1x2048] [--dtypes mixed_bfloat16 float32] [--rounds 3]
+                               [--engines keras_llama/tensorflow keras_hub/tensorflow-graph ...]
+
+SmolLM2-135M's shape with random weights, AdamW, token cross-entropy on random ids. The engines take turns, several
+rounds, each in a new process (together they would not fit into memory): one step to compile, then two that count;
+medians over the rounds. "-graph" is Keras' `jit_compile=False`, "-xla" is True; without either it is the engine's own
+choice. Memory is the peak of resident pages of the whole process. The limit is 6 x parameters x tokens (forward and backward, attention left out)
+over the rate of a large matrix product by torch, measured here.
+"""
+
+import argparse
+import pathlib
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from benchmarks.engines import BACKENDS, SHAPE, Engine, keras_hub_lm, keras_llama_lm, serve, transformers_lm
+
+PARAMETERS = 134_515_008
+STEPS = 2
+WAYS = ("", "-graph", "-xla")
+ENGINES = (
+    *(f"{name}/tensorflow{way}" for name in ("keras_llama", "keras_hub") for way in WAYS),
+    *(f"{name}/{backend}" for name in ("keras_llama", "keras_hub") for backend in BACKENDS[1:]),
+    "transformers/torch",
+)
+USUAL = (
+    *(f"keras_llama/{backend}" for backend in BACKENDS),
+    *("keras_hub/tensorflow-graph", "keras_hub/tensorflow-xla", "keras_hub/jax", "transformers/torch"),
+)
+
+
+def keras_engine(name: str, dtype: str, batch: int):
+    """A function that fits token ids (rows, T) with Keras."""
+    import keras
+
+    library, _, way = name.partition("/")[0], *name.partition("/")[2].partition("-")[::2]
+    jit = {"graph": False, "xla": True, "": "auto"}[way]
+    adam = keras.optimizers.AdamW(1e-4)
+    if library == "keras_llama":
+        lm = keras_llama_lm(dtype)
+        lm.compile(adam, jit_compile=jit)
+        return lambda ids: lm.fit(ids, batch_size=batch, shuffle=False, verbose=0)
+    lm = keras_hub_lm(dtype)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    lm.compile(optimizer=adam, loss=loss, weighted_metrics=["sparse_categorical_accuracy"], jit_compile=jit)
+
+    def fit(ids):
+        weights = np.ones(ids.shape, "float32")
+        weights[:, -1] = 0
+        inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+        lm.fit(inputs, np.roll(ids, -1, axis=1), batch, sample_weight=weights, shuffle=False, verbose=0)
+
+    return fit
+
+
+def transformers_engine(dtype: str, batch: int):
+    import torch
+
+    half = dtype == "mixed_bfloat16"
+    model = transformers_lm("float32").train()
+    adam = torch.optim.AdamW(model.parameters(), 1e-4)
+
+    def fit(ids):
+        for rows in torch.tensor(ids, dtype=torch.long).split(batch):
+            adam.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+                loss = model(input_ids=rows, labels=rows).loss
+            loss.backward()
+            adam.step()
+
+    return fit
+
+
+def child(name: str, dtype: str, batch: int, length: int) -> Callable[[int], tuple[float, float]]:
+    """The seconds of so many steps, and the peak of memory so far, in GiB."""
+    fit = transformers_engine(dtype, batch) if name.startswith("trans") else keras_engine(name, dtype, batch)
+
+    def run(steps):
+        ids = np.random.default_rng(0).integers(3, SHAPE["vocabulary_size"], (steps * batch, length)).astype("int32")
+        started = time.perf_counter()
+        fit(ids)
+        seconds = time.perf_counter() - started
+        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+        return seconds, next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+
+    return run
+
+
+def arithmetic(dtype: str) -> float:
+    """Operations a second of a large product, the best of some tries."""
+    import torch
+
+    size = 2048
+    one = torch.ones((size, size), dtype=torch.bfloat16 if dtype == "mixed_bfloat16" else torch.float32)
+    best = 0.0
+    for _ in range(5):
+        started = time.perf_counter()
+        one @ one
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def compare(engines: list[str], dtype: str, batch: int, length: int, rounds: int) -> None:
+    limit = arithmetic(dtype) / (6 * PARAMETERS)
+    print(f"\n{dtype}, {batch} x {length}; arithmetic allows {limit:.0f} tokens/s")
+    taken: list[dict[str, tuple[float, float, float]]] = [{} for _ in range(rounds)]
+    for times in taken:
+        for name in engines:
+            engine = Engine("benchmarks.train", name, "--dtypes", dtype, "--shapes", f"{batch}x{length}")
+            first = engine.ask(1)[0]
+            times[name] = (*engine.ask(STEPS), first)
+            engine.close()
+            print(f"    {name}: {STEPS * batch * length / times[name][0]:.0f} tokens/s", flush=True)
+    speeds, memory, first = (
+        {name: statistics.median(value(times[name]) for times in taken) for name in engines}
+        for value in (lambda t: STEPS * batch * length / t[0], lambda t: t[1], lambda t: t[2])
+    )
+    for name in engines:
+        print(f"  {name:28}{speeds[name]:7.0f} tokens/s{memory[name]:7.2f} GiB; first step {first[name]:.0f} s")
+    for ours in (n for n in engines if n.startswith("keras_llama")):
+        for other in (n for n in engines if not n.startswith("keras_llama")):
+            ratio = statistics.median(t[other][0] / t[ours][0] for t in taken)
+            print(f"  {ours} over {other}: {ratio:.2f} x the speed, {memory[ours] / memory[other]:.2f} x the memory")
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--engines", nargs="+", choices=ENGINES, default=list(USUAL))
+    flags.add_argument("--dtypes", nargs="+", default=["mixed_bfloat16", "float32"])
+    flags.add_argument("--shapes", nargs="+", default=["4x256", "1x2048"], metavar="BxT")
+    flags.add_argument("--rounds", type=int, default=3)
+    flags.add_argument("--child", choices=ENGINES, help=argparse.SUPPRESS)
+    args = flags.parse_args()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
+    if args.child:
+        return serve(lambda: child(args.child, args.dtypes[0], *shapes[0]))
+    for dtype in args.dtypes:
+        for batch, length in shapes:
+            compare(args.engines, dtype, batch, length, args.rounds)
+    return None
+
+
+if __name__ == "__main__":
+    main()
