@@ -5,9 +5,10 @@
 
 SmolLM2-135M's shape with random weights, AdamW, token cross-entropy on random ids. The engines take turns, several
 rounds, each in a new process (together they would not fit into memory): one step to compile, then two that count;
-medians over the rounds. "-graph" is Keras' `jit_compile=False`, "-xla" is True; without either it is the engine's own
-choice. Memory is the peak of resident pages of the whole process. The limit is 6 x parameters x tokens (forward and backward, attention left out)
-over the rate of a large matrix product by torch, measured here.
+medians over the rounds. "-graph" is Keras' `jit_compile=False`, "-xla" is True, "-remat" is `remat="block"`; without
+them it is the engine's own choice. Memory is the peak of resident pages of the whole process. The limit is
+6 x parameters x tokens (forward and backward, attention left out) over the rate of a large matrix product by torch,
+measured here.
 """
 
 import argparse
@@ -23,9 +24,11 @@ from benchmarks.engines import BACKENDS, SHAPE, Engine, keras_hub_lm, keras_llam
 PARAMETERS = 134_515_008
 STEPS = 2
 WAYS = ("", "-graph", "-xla")
+REMAT = "-remat"
 ENGINES = (
     *(f"{name}/tensorflow{way}" for name in ("keras_llama", "keras_hub") for way in WAYS),
     *(f"{name}/{backend}" for name in ("keras_llama", "keras_hub") for backend in BACKENDS[1:]),
+    *(f"keras_llama/{backend}{REMAT}" for backend in BACKENDS),
     "transformers/torch",
 )
 USUAL = (
@@ -38,11 +41,12 @@ def keras_engine(name: str, dtype: str, batch: int):
     """A function that fits token ids (rows, T) with Keras."""
     import keras
 
-    library, _, way = name.partition("/")[0], *name.partition("/")[2].partition("-")[::2]
-    jit = {"graph": False, "xla": True, "": "auto"}[way]
+    library, _, backend = name.partition("/")
+    way = backend.partition("-")[2]
+    jit = {"graph": False, "xla": True}.get(way, "auto")
     adam = keras.optimizers.AdamW(1e-4)
     if library == "keras_llama":
-        lm = keras_llama_lm(dtype)
+        lm = keras_llama_lm(dtype, remat="block" if way == "remat" else None)
         lm.compile(adam, jit_compile=jit)
         return lambda ids: lm.fit(ids, batch_size=batch, shuffle=False, verbose=0)
     lm = keras_hub_lm(dtype)

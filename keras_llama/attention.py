@@ -47,7 +47,7 @@ def positions(seen):
     return ops.sum(ops.cast(seen, "int32"), axis=-1) - 1
 
 
-def attend(query, key, value, mask):
+def attend(query, key, value, mask, training=False):
     """Scaled dot-product attention with grouped keys and values; the only caller of the backend's fused kernel.
 
     softmax(query key^T / sqrt(H)) value (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762),
@@ -57,6 +57,7 @@ def attend(query, key, value, mask):
         query: (B, T, N, H).
         key, value: (B, S, K, H); N is a multiple of K (Ainslie et al., 2023, https://arxiv.org/abs/2305.13245).
         mask: bool (B, T, S), True where the query may look.
+        training: whether a gradient is wanted; the weights (B, N, T, S) are then computed again for it, not kept.
 
     Returns:
         (B, T, N, H) in the dtype of `query`.
@@ -65,12 +66,16 @@ def attend(query, key, value, mask):
     if recorded is not None:
         recorded.append(weights(ops.cast(query, "float32"), ops.cast(key, "float32"), mask))
     if not backend.fuses_attention():
-        return ops.cast(_summed(weights(query, key, mask), value), query.dtype)
+        return (backend.remat(_plain) if training else _plain)(query, key, value, mask)
     if key.shape[2] == 1:  # Keras' torch kernel groups any number of key/value heads but one
         key, value = (ops.repeat(x, query.shape[2], axis=2) for x in (key, value))
     dtype = backend.attention_dtype(keras.backend.standardize_dtype(query.dtype))
     heads = ops.dot_product_attention(*(ops.cast(x, dtype) for x in (query, key, value)), mask=ops.expand_dims(mask, 1))
     return ops.cast(heads, query.dtype)
+
+
+def _plain(query, key, value, mask):
+    return ops.cast(_summed(weights(query, key, mask), value), query.dtype)
 
 
 def weights(query, key, mask):

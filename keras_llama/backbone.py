@@ -96,11 +96,12 @@ def check_cache(cache, token_ids, padding_mask, index):
 class Backbone(keras.Model):
     """A functional model whose last part is `stack`: its configuration, its layers by name, and how it is saved."""
 
-    def __init__(self, inputs, hidden, *, config, stack, policy, name, trainable):
+    def __init__(self, inputs, hidden, *, config, stack, policy, name, trainable, remat):
         super().__init__(inputs=inputs, outputs=hidden, name=name, trainable=trainable)
         self.dtype_policy = policy
         self.config = config
         self._stack = stack
+        self.remat = remat
 
     @property
     def token_embedding(self):
@@ -112,9 +113,24 @@ class Backbone(keras.Model):
         """The `LlamaBlock`s that hidden states come out of, first to last; a decoder's, if there are two halves."""
         return list(self._stack.blocks)
 
+    @property
+    def remat(self):
+        """What training computes again for its gradient, to save memory: "block", all inside of a block, or `None`."""
+        return self._remat
+
+    @remat.setter
+    def remat(self, remat):
+        if remat not in (None, "block"):
+            raise invalid('`remat` must be "block" or None.', remat=remat)
+        self._remat = remat
+        for layer in self.layers:
+            if isinstance(layer, LlamaBlock):
+                layer.remat = remat == "block"
+
     def get_config(self):
         return {
             **dataclasses.asdict(self.config),
+            "remat": self.remat,
             "dtype": keras.dtype_policies.serialize(self.dtype_policy),
             "name": self.name,
             "trainable": self.trainable,
@@ -131,6 +147,8 @@ class LlamaBackbone(Backbone):
 
     Args: those of `LlamaConfig`, which checks them, and
         dtype: a Keras dtype policy or its name; `None` takes the global policy.
+        remat: "block" has training keep nothing of the inside of a block but compute it again for the gradient:
+            less memory, a fourth more time. It may be set later, too: `backbone.remat = "block"`, before `fit`.
 
     Inputs are a dict: `token_ids` int (B, T) and `padding_mask` int (B, T), 0 for padding and n for
     segment n (0 and 1 in an ordinary batch). Padding may stand on either side.
@@ -144,13 +162,14 @@ class LlamaBackbone(Backbone):
     (1, 3, 128)
     """
 
-    def __init__(self, *, dtype=None, name=None, trainable=True, **config):
+    def __init__(self, *, dtype=None, name=None, trainable=True, remat=None, **config):
         checked = LlamaConfig(**config)
         policy = keras.dtype_policies.get(dtype)
         stack = Stack(checked, policy)
         inputs = {key: keras.Input((None,), dtype="int32", name=key) for key in ("token_ids", "padding_mask")}
         hidden, _ = stack.run(**inputs)
-        super().__init__(inputs, hidden, config=checked, stack=stack, policy=policy, name=name, trainable=trainable)
+        options = {"name": name, "trainable": trainable, "remat": remat}
+        super().__init__(inputs, hidden, config=checked, stack=stack, policy=policy, **options)
 
     def decode(self, token_ids, padding_mask, cache=None, index=0):
         """Runs the blocks with or without a cache: a full forward, a prefill, or a step.

@@ -198,14 +198,14 @@ class LlamaAttention(_Attention):
     ((1, 3, 8), (1, 3, 1, 4))
     """
 
-    def call(self, x, cos, sin, mask, cache=None, index=0):
+    def call(self, x, cos, sin, mask, cache=None, index=0, training=None):
         x = ops.cast(x, self.compute_dtype)
         query = rotate(self._heads(self.query(x), self.num_query_heads), cos, sin)
         key = rotate(self._heads(self.key(x), self.num_key_value_heads), cos, sin)
         value = self._heads(self.value(x), self.num_key_value_heads)
         if cache is not None:
             key, value = kv_cache.append(cache, key, value, index)
-        heads = attend(query, key, value, mask)
+        heads = attend(query, key, value, mask, training)
         return self._merged(heads, *ops.shape(x)[:2]), (key, value)
 
 
@@ -225,11 +225,11 @@ class LlamaCrossAttention(_Attention):
     (1, 3, 8)
     """
 
-    def call(self, x, memory, mask):
+    def call(self, x, memory, mask, training=None):
         x = ops.cast(x, self.compute_dtype)
         key, value = memory if isinstance(memory, tuple) else self.keys_and_values(memory)
         query = ops.reshape(self.query(x), (ops.shape(key)[0], -1, self.num_query_heads, self.head_dim))
-        return self._merged(attend(query, key, value, mask), *ops.shape(x)[:2])
+        return self._merged(attend(query, key, value, mask, training), *ops.shape(x)[:2])
 
     def keys_and_values(self, encoded):
         """Keys and values of the encoder's output: (B, S, D) -> a pair of (B, S, K, H)."""
@@ -285,7 +285,8 @@ class LlamaBlock(keras.layers.Layer):
     Norms are RMSNorm (Zhang and Sennrich, 2019, https://arxiv.org/abs/1910.07467), computed in float32.
     With `cross_attention` there is x + cross_attention(norm(x), memory) between the two, for `memory` and
     `memory_mask` as `LlamaCrossAttention` takes them. `output_scale` is a factor of the initial weights that write
-    into the residual stream. Other args and errors are those of `LlamaConfig`.
+    into the residual stream. With `remat`, training keeps what goes through the stream and computes the rest of the
+    block again for its gradient. Other args and errors are those of `LlamaConfig`.
 
     >>> positions = LlamaPositions(head_dim=4)
     >>> block = LlamaBlock(num_query_heads=2, num_key_value_heads=1, head_dim=4, intermediate_dim=16)
@@ -308,10 +309,12 @@ class LlamaBlock(keras.layers.Layer):
         dropout=0.0,
         cross_attention=False,
         output_scale=1.0,
+        remat=False,
         **kwargs,
     ):
         super().__init__(**{**kwargs, "autocast": False})
         self.layer_norm_epsilon = layer_norm_epsilon
+        self.remat = remat
         policy = self.dtype_policy
 
         def norm(name):
@@ -338,13 +341,30 @@ class LlamaBlock(keras.layers.Layer):
             layer.build(x_shape)
         self.built = True
 
-    def call(self, x, cos, sin, mask, cache=None, index=0, memory=None, memory_mask=None):
+    def call(self, x, cos, sin, mask, cache=None, index=0, memory=None, memory_mask=None, training=None):
         x = ops.cast(x, self.compute_dtype)
-        attended, pair = self.attention(self.attention_norm(x), cos, sin, mask, cache=cache, index=index)
-        x = x + self.dropout(attended)
+
+        def attended(x, cos, sin, mask):
+            return self.attention(self.attention_norm(x), cos, sin, mask, cache=cache, index=index, training=training)
+
+        def crossed(x, memory, memory_mask):
+            return self.cross_attention(self.cross_attention_norm(x), memory, memory_mask, training=training)
+
+        def mixed(x):
+            return self.mlp(self.mlp_norm(x))
+
+        again = self.remat and training
+        # Dropout draws random numbers, so that it stays outside of what is computed twice.
+        part, pair = self._run(again, attended, self.attention_norm, self.attention)(x, cos, sin, mask)
+        x = x + self.dropout(part)
         if self.cross_attention is not None:
-            x = x + self.dropout(self.cross_attention(self.cross_attention_norm(x), memory, memory_mask))
-        return x + self.dropout(self.mlp(self.mlp_norm(x))), pair
+            part = self._run(again, crossed, self.cross_attention_norm, self.cross_attention)(x, memory, memory_mask)
+            x = x + self.dropout(part)
+        return x + self.dropout(self._run(again, mixed, self.mlp_norm, self.mlp)(x)), pair
+
+    def _run(self, again, part, *layers):
+        """A part of the block that reads these layers, as it is or computed again for its gradient."""
+        return backend.remat(part, [v for layer in layers for v in layer.trainable_variables]) if again else part
 
     def get_config(self):
         return {
@@ -359,4 +379,5 @@ class LlamaBlock(keras.layers.Layer):
             "dropout": self.dropout.rate,
             "cross_attention": self.cross_attention is not None,
             "output_scale": self.mlp.output_scale,
+            "remat": self.remat,
         }

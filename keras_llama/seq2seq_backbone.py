@@ -23,6 +23,7 @@ class LlamaSeq2SeqBackbone(Backbone):
 
     Args: those of `LlamaSeq2SeqConfig`, which checks them, and
         dtype: a Keras dtype policy or its name; `None` takes the global policy.
+        remat: as in `LlamaBackbone`, for the blocks of both halves.
 
     Inputs are a dict: `encoder_token_ids` and `encoder_padding_mask` int (B, S), `decoder_token_ids` and
     `decoder_padding_mask` int (B, T). In the masks 0 is padding and n is segment n, so that several
@@ -39,7 +40,7 @@ class LlamaSeq2SeqBackbone(Backbone):
     (1, 3, 128)
     """
 
-    def __init__(self, *, dtype=None, name=None, trainable=True, **config):
+    def __init__(self, *, dtype=None, name=None, trainable=True, remat=None, **config):
         checked = LlamaSeq2SeqConfig(**config)
         policy = keras.dtype_policies.get(dtype)
         decoder = Stack(checked, policy, cross_attention=True)
@@ -51,7 +52,8 @@ class LlamaSeq2SeqBackbone(Backbone):
         encoded, _ = encoder.run(source, source_mask)
         mask = memory_mask(target, target_mask, source_mask)
         hidden, _ = decoder.run(target, target_mask, memory=encoded, memory_mask=mask)
-        super().__init__(inputs, hidden, config=checked, stack=decoder, policy=policy, name=name, trainable=trainable)
+        options = {"name": name, "trainable": trainable, "remat": remat}
+        super().__init__(inputs, hidden, config=checked, stack=decoder, policy=policy, **options)
         self._encoder, self._memory_mask = encoder, memory_mask
 
     @property

@@ -10,12 +10,6 @@ from keras_llama import losses
 from keras_llama.losses import Perplexity, TokenAccuracy, TokenCrossentropy, linear_crossentropy
 
 
-@pytest.fixture(params=[2, 7, 10_000], ids=lambda rows: f"chunks of {rows}")
-def _chunk(request, monkeypatch):
-    """Chunks that leave a rest, and one that holds all."""
-    monkeypatch.setattr(losses, "rows_of_chunk", lambda vocabulary: request.param)
-
-
 def batch(rng, rows=5, length=9):
     mask = (np.arange(length) < rng.integers(2, length + 1, (rows, 1))).astype("int32")
     return {"token_ids": rng.integers(0, 60, (rows, length)), "padding_mask": mask}
@@ -36,9 +30,13 @@ def step(make_backbone, inputs, dense=False, tied=True, smoothing=0.0, dtype="fl
     return {name: values[0] for name, values in history.items()}, evaluated, moved
 
 
-@pytest.mark.usefixtures("_chunk")
-@pytest.mark.parametrize("options", [{}, {"tied": False}, {"smoothing": 0.2}, {"jit_compile": True}], ids=str)
-def test_it_is_the_dense_loss_with_its_gradients(make_backbone, rng, options):
+# Chunks of 7 tokens leave a rest; one of 10,000 holds all.
+CASES = [(10_000, {}), (7, {}), (7, {"tied": False, "smoothing": 0.2}), (7, {"jit_compile": True})]
+
+
+@pytest.mark.parametrize(("rows", "options"), CASES, ids=str)
+def test_it_is_the_dense_loss_with_its_gradients(make_backbone, rng, monkeypatch, rows, options):
+    monkeypatch.setattr(losses, "rows_of_chunk", lambda vocabulary: rows)
     if options.get("jit_compile") and keras.config.backend() == "torch":
         pytest.skip("torch compiles nothing here")
     inputs = batch(rng)

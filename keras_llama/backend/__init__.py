@@ -11,7 +11,7 @@ from keras_llama.backend.device import (
     resolve_jit,
     set_memory_growth,
 )
-from keras_llama.backend.gradients import silu, softmax_error
+from keras_llama.backend.gradients import remat, silu, softmax_error
 from keras_llama.backend.streams import is_stream, stream
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "is_stream",
     "name",
     "parts",
+    "remat",
     "repeat",
     "resolve_jit",
     "set_memory_growth",

@@ -1,4 +1,6 @@
-"""Functions with a gradient of their own, each written for every backend."""
+"""What is remembered for a gradient and what is computed again; each written for every backend."""
+
+import functools
 
 import keras
 
@@ -47,3 +49,79 @@ def softmax_error(logits, targets):
     entropy = (sums - logits.gather(1, index))[:, 0]
     error = logits.sub_(sums).exp_()
     return entropy, error.scatter_add_(1, index, -torch.ones_like(sums)), hits
+
+
+def remat(function, variables=()):
+    """A function of arrays that is computed again for its gradient, instead of its intermediate results being kept.
+
+    It must draw no random numbers: they would be others the second time.
+
+    Args:
+        function: arrays -> a pytree of arrays.
+        variables: the Keras variables that it reads.
+    """
+    if name() == "jax":
+        import jax
+
+        return jax.checkpoint(function)
+    if name() == "torch":
+        from torch.utils.checkpoint import checkpoint
+
+        return functools.partial(checkpoint, function, use_reentrant=False)
+    import tensorflow as tf
+
+    if tf.executing_eagerly():
+        return tf.recompute_grad(function)
+    return functools.partial(_remat_in_graph, function, variables)
+
+
+def _remat_in_graph(function, variables, *arrays):
+    """`tf.recompute_grad` in a graph would keep the graph for good, as `silu` says; this hangs on the graph alone."""
+    import tensorflow as tf
+
+    given = len(tf.nest.flatten(arrays))
+
+    def run(inputs):
+        with keras.StatelessScope(zip(variables, inputs[given:], strict=True)):
+            return function(*tf.nest.pack_sequence_as(arrays, inputs[:given]))
+
+    def backward(inputs, upstream):
+        # A zero that hangs on the gradient: it holds the second computation back, and keeps it apart from the first.
+        late = tf.reduce_sum(tf.reshape(upstream[0], [-1])[:1]) * 0
+        inputs = [x + tf.cast(late, x.dtype) if x.dtype.is_floating else x for x in inputs]
+        floats = [x for x in inputs if x.dtype.is_floating]
+        with tf.GradientTape(watch_accessed_variables=False) as tape:
+            tape.watch(floats)
+            outputs = tf.nest.flatten(run(inputs))
+        found = iter(tape.gradient(outputs, floats, output_gradients=upstream))
+        return [next(found) if x.dtype.is_floating else None for x in inputs]
+
+    structure = []
+
+    @tf.function(autograph=False)  # the gradient of a call asks the operations inside for theirs; a tape would not
+    def call(*inputs):
+        outputs = run([tf.stop_gradient(x) for x in inputs])
+        flat = tf.nest.flatten(outputs)
+        structure.append(outputs)
+        _register_once()
+        with tf.compat.v1.get_default_graph().gradient_override_map({"IdentityN": _OF_GRAPH}):
+            passed = tf.identity_n([*flat, *inputs])
+        passed[0].op.keras_llama_backward = lambda inputs, upstream: [
+            *[None] * len(flat),
+            *backward(inputs[len(flat) :], upstream[: len(flat)]),
+        ]
+        return passed[: len(flat)]
+
+    values = [tf.convert_to_tensor(variable.value) for variable in variables]
+    flat = call(*tf.nest.flatten(arrays), *values)
+    return tf.nest.pack_sequence_as(structure[-1], flat)
+
+
+_OF_GRAPH = "KerasLlamaRemat"
+
+
+@functools.cache
+def _register_once():
+    import tensorflow as tf
+
+    tf.RegisterGradient(_OF_GRAPH)(lambda op, *upstream: op.keras_llama_backward(list(op.inputs), list(upstream)))
