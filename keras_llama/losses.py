@@ -79,9 +79,10 @@ def linear_crossentropy(hidden, kernel, targets, weights, label_smoothing=0.0, t
     constant, multiplier = (ops.stop_gradient(array) for array in arrays)
     loss, scores, gradients = _in_chunks(constant, multiplier, targets, share, label_smoothing, training)
     for array, gradient in zip(arrays, gradients, strict=training):
-        # Adds nothing but a gradient. A custom gradient would do the same, but see `backend.silu`.
-        product = ops.sum(ops.cast(array, "float32") * gradient)
-        loss += product - ops.stop_gradient(product)
+        # Adds nothing but a gradient; a custom gradient would do the same, but see `backend.silu`. As a product of
+        # matrices, whose gradient is `gradient` times a number: one of a sum would first be spread over the vocabulary.
+        product = ops.matmul(ops.reshape(ops.cast(array, "float32"), (1, -1)), ops.reshape(gradient, (-1, 1)))
+        loss += ops.sum(product - ops.stop_gradient(product))
     return loss, *(ops.reshape(score, shape[:2]) for score in scores)
 
 

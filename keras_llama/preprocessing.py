@@ -278,6 +278,37 @@ class StreamedBatches(_Epochs):
             self.warn_of_cut(sum(self.cut.values(), Counter()))
 
 
+def pack(columns: dict[str, list[np.ndarray]], sides: Sequence[str], length: int) -> dict[str, list[np.ndarray]]:
+    """Texts put together into rows of at most `length` tokens on each side, longest first, each where it fits first.
+
+    `padding_mask` becomes a column: n for the n-th text of a row. Nothing else tells the texts of a row apart.
+
+    >>> packed = pack({"token_ids": [np.array([5, 6]), np.array([7, 8, 9]), np.array([4])]}, ("",), 4)
+    >>> [row.tolist() for row in packed["token_ids"]], [row.tolist() for row in packed["padding_mask"]]
+    ([[7, 8, 9, 4], [5, 6]], [[1, 1, 1, 2], [1, 1]])
+    """
+    sizes = np.stack([[len(row) for row in columns[f"{side}token_ids"]] for side in sides], axis=1)
+    rows: list[list[int]] = []
+    for start in range(0, len(sizes), _PACKED_TOGETHER):
+        room, some = np.zeros((0, len(sides)), int), []
+        part = sizes[start : start + _PACKED_TOGETHER]
+        for text in np.argsort(-part.max(axis=1), kind="stable"):
+            fits = np.flatnonzero((room >= part[text]).all(axis=1))
+            if not len(fits):
+                fits, room = [len(room)], np.concatenate([room, np.full((1, len(sides)), length)])
+                some.append([])
+            room[fits[0]] -= part[text]
+            some[fits[0]].append(start + int(text))
+        rows += some
+    packed = {name: [np.concatenate([column[i] for i in row]) for row in rows] for name, column in columns.items()}
+    for k, side in enumerate(sides):
+        packed[f"{side}padding_mask"] = [np.repeat(np.arange(1, len(row) + 1), sizes[row, k]) for row in rows]
+    return packed
+
+
+_PACKED_TOGETHER = 4096  # texts: enough to leave little room, few enough for the time to grow with their number alone
+
+
 def next_token_targets(
     token_ids: np.ndarray, padding_mask: np.ndarray, sample_weight: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray]:

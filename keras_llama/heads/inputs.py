@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_llama import backend
 from keras_llama.config import invalid
-from keras_llama.preprocessing import Batches, StreamedBatches, check_texts, pad_rows
+from keras_llama.preprocessing import Batches, StreamedBatches, check_texts, pack, pad_rows
 
 
 class Inputs:
@@ -26,6 +26,7 @@ class Inputs:
     backbone: Any
     jit_compile: bool
     sides: tuple[str, ...] = ("",)  # what `token_ids` and `padding_mask` of each text are prefixed with
+    packs = False  # whether `pack` may put several texts into a row
 
     def join(self, x, y):
         """Inputs and targets as `encode` and `check_targets` take them, from those of `fit`."""
@@ -51,12 +52,16 @@ class Inputs:
             return x  # finished already: `fit` hands its validation data to `evaluate`
         if isinstance(x, keras.utils.PyDataset):
             warn = (lambda cut: None) if self.preprocessor is None else self.preprocessor.warn_of_cut
-            prepare = functools.partial(self._prepare, predicting=options.get("predicting", False))
+            chosen = {name: options.get(name, False) for name in ("predicting", "packing")}
+            prepare = functools.partial(self._prepare, **chosen)
             return backend.stream(StreamedBatches(x, prepare, warn, shuffle_seed))
         if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
             raise invalid("`batch_size` must be an integer of at least 1.", batch_size=batch_size)
         x, y = self.join(x, y)
-        inputs, lengths = self._rows(x, options.get("argument", "x"))
+        packing = options.get("packing", False)
+        if packing and sample_weight is not None:
+            raise invalid("`sample_weight` must be None with `packing`: a row holds several texts.", packing=packing)
+        inputs, lengths = self._rows(x, options.get("argument", "x"), packing=packing)
         batches = Batches(
             inputs,
             lengths,
@@ -68,25 +73,42 @@ class Inputs:
         )
         return backend.stream(batches)
 
-    def _prepare(self, x, y=None, sample_weight=None, *, cut, predicting):
+    def _prepare(self, x, y=None, sample_weight=None, *, cut, predicting, packing):
         """One batch of a user's `PyDataset`, tokenized and finished."""
         x, y = self.join(x, y)
-        if self.preprocessor is None or is_token_ids(x, self.sides):
+        if self._are_token_ids(x, packing):
             inputs = self._token_ids(x)
         else:
-            inputs = self._pad(self.encode(x, cut=cut, predicting=predicting))
+            columns = self.encode(x, cut=cut, predicting=predicting)
+            inputs = self._pad(self._packed(columns) if packing else columns)
         if predicting:
             return (inputs,)
         rows = len(inputs[f"{self.sides[0]}token_ids"])
         return _without_none(self.finish_batch(inputs, self.check_targets(y, rows), _weights(sample_weight, rows)))
 
-    def _rows(self, x, argument="x", predicting=False, one_length=False):
+    def _are_token_ids(self, x, packing=False):
+        """Whether `x` needs no tokenizer; such rows, and those of other tasks, cannot be packed."""
+        found = self.preprocessor is None or is_token_ids(x, self.sides)
+        if packing and (found or not self.packs):
+            raise invalid(
+                "`packing` needs a language model and strings.",
+                "Rows of token ids may be packed already: their `padding_mask` holds n for the n-th text.",
+                packing=packing,
+                task=type(self).__name__,
+            )
+        return found
+
+    def _packed(self, columns):
+        return pack(columns, self.sides, self.preprocessor.sequence_length)
+
+    def _rows(self, x, argument="x", predicting=False, one_length=False, packing=False):
         """A function from row numbers to inputs, and a number per row to sort by, for texts or token ids."""
-        if self.preprocessor is None or is_token_ids(x, self.sides):
+        if self._are_token_ids(x, packing):
             arrays = self._token_ids(x, argument)
             rows = len(arrays[f"{self.sides[0]}token_ids"])
             return lambda chosen: {key: value[chosen] for key, value in arrays.items()}, np.zeros(rows)
         columns = self.encode(x, argument, predicting=predicting)
+        columns = self._packed(columns) if packing else columns
 
         def inputs(chosen):
             return self._pad({name: [rows[i] for i in chosen] for name, rows in columns.items()}, longest)

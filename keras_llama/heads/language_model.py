@@ -58,6 +58,7 @@ class LanguageModel(Task):
     """
 
     head = "lm_head"
+    packs = True
 
     def __init__(self, backbone, preprocessor, generation_config, **kwargs):
         if backbone.config.tie_word_embeddings:

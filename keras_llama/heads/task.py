@@ -126,6 +126,7 @@ class Task(Inputs, Files):
         validation_data=None,
         validation_split=0.0,
         shuffle=True,
+        packing=False,
         **kwargs,
     ):
         """Keras' `fit` on raw texts, on token ids, or on a `keras.utils.PyDataset` of batches of either.
@@ -137,6 +138,9 @@ class Task(Inputs, Files):
             sample_weight: a weight per row (B,).
             validation_data: (x, y) or (x, y, sample_weight) in the same forms, or a `PyDataset`.
             validation_split: last share of the rows to hold out, for lists and arrays.
+            packing: put several texts of a language model into one row of the preprocessor's `sequence_length`, so
+                that next to no padding is computed. No text sees another, and the loss of all is the same. A batch
+                of rows then holds many texts.
             **kwargs: everything else that Keras' `fit` takes.
 
         Raises:
@@ -152,11 +156,13 @@ class Task(Inputs, Files):
         if validation_split:
             (x, y, sample_weight), validation_data = _hold_out(validation_split, x, y, sample_weight)
         seed = int(np.random.randint(2**31)) if shuffle else None  # from `keras.utils.set_random_seed`
-        data = self._dataset(x, y, sample_weight, batch_size, shuffle_seed=seed, training=True)
+        data = self._dataset(x, y, sample_weight, batch_size, shuffle_seed=seed, training=True, packing=packing)
         if validation_data is not None:
             held = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
             x, y, sample_weight = (*held, None, None)[:3]
-            validation_data = self._dataset(x, y, sample_weight, batch_size, argument="validation_data")
+            validation_data = self._dataset(
+                x, y, sample_weight, batch_size, argument="validation_data", packing=packing
+            )
         return super().fit(data, epochs=epochs, shuffle=False, validation_data=validation_data, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size=None, *, sample_weight=None, **kwargs):
