@@ -290,15 +290,17 @@ def pack(columns: dict[str, list[np.ndarray]], sides: Sequence[str], length: int
     sizes = np.stack([[len(row) for row in columns[f"{side}token_ids"]] for side in sides], axis=1)
     rows: list[list[int]] = []
     for start in range(0, len(sizes), _PACKED_TOGETHER):
-        room, some = np.zeros((0, len(sides)), int), []
+        room = np.zeros((0, len(sides)), int)
+        some: list[list[int]] = []
         part = sizes[start : start + _PACKED_TOGETHER]
         for text in np.argsort(-part.max(axis=1), kind="stable"):
             fits = np.flatnonzero((room >= part[text]).all(axis=1))
-            if not len(fits):
-                fits, room = [len(room)], np.concatenate([room, np.full((1, len(sides)), length)])
+            place = int(fits[0]) if len(fits) else len(room)
+            if place == len(room):
+                room = np.concatenate([room, np.full((1, len(sides)), length)])
                 some.append([])
-            room[fits[0]] -= part[text]
-            some[fits[0]].append(start + int(text))
+            room[place] -= part[text]
+            some[place].append(start + int(text))
         rows += some
     packed = {name: [np.concatenate([column[i] for i in row]) for row in rows] for name, column in columns.items()}
     for k, side in enumerate(sides):

@@ -61,9 +61,7 @@ def remat(function, variables=()):
         variables: the Keras variables that it reads.
     """
     if name() == "jax":
-        import jax
-
-        return jax.checkpoint(function)
+        return functools.partial(_remat_in_jax, function, variables)
     if name() == "torch":
         from torch.utils.checkpoint import checkpoint
 
@@ -75,15 +73,42 @@ def remat(function, variables=()):
     return functools.partial(_remat_in_graph, function, variables)
 
 
+def _with_values(function, variables):
+    """A function of arrays and a list of values that the variables then have."""
+
+    def run(arrays, values):
+        with keras.StatelessScope(zip(variables, values, strict=True)):
+            return function(*arrays)
+
+    return run
+
+
+def _remat_in_jax(function, variables, *arrays):
+    """`jax.checkpoint` saves nothing on a CPU, where XLA computes all at once what may be computed early (JAX 0.10)."""
+    import jax
+
+    run = _with_values(function, variables)
+
+    def late(x, zero):
+        return x + zero.astype(x.dtype) if jax.numpy.issubdtype(x.dtype, jax.numpy.floating) else x
+
+    def backward(inputs, upstream):
+        zero = jax.tree.leaves(upstream)[0].reshape(-1)[:1].sum() * 0  # as in `_remat_in_graph`
+        return jax.vjp(run, *jax.tree.map(lambda x: late(x, zero), inputs))[1](upstream)
+
+    call = jax.custom_vjp(run)
+    call.defvjp(lambda *inputs: (run(*inputs), inputs), backward)
+    return call(arrays, [variable.value for variable in variables])
+
+
 def _remat_in_graph(function, variables, *arrays):
     """`tf.recompute_grad` in a graph would keep the graph for good, as `silu` says; this hangs on the graph alone."""
     import tensorflow as tf
 
-    given = len(tf.nest.flatten(arrays))
+    given, on_values = len(tf.nest.flatten(arrays)), _with_values(function, variables)
 
     def run(inputs):
-        with keras.StatelessScope(zip(variables, inputs[given:], strict=True)):
-            return function(*tf.nest.pack_sequence_as(arrays, inputs[:given]))
+        return on_values(tf.nest.pack_sequence_as(arrays, inputs[:given]), inputs[given:])
 
     def backward(inputs, upstream):
         # A zero that hangs on the gradient: it holds the second computation back, and keeps it apart from the first.

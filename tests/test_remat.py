@@ -1,0 +1,101 @@
+"""`remat="block"`: the same training with less memory."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_llama
+
+SIZES = {"num_layers": 2, "num_query_heads": 4, "num_key_value_heads": 2, "hidden_dim": 32, "intermediate_dim": 48}
+IDS = np.random.default_rng(0).integers(1, 60, (3, 9))
+
+
+def decoder(**options):
+    return keras_llama.LlamaCausalLM(keras_llama.LlamaBackbone(vocabulary_size=60, **SIZES, **options)), IDS
+
+
+def encoder_decoder(**options):
+    backbone = keras_llama.LlamaSeq2SeqBackbone(vocabulary_size=60, **SIZES, **options)
+    return keras_llama.LlamaSeq2SeqLM(backbone), {"encoder_token_ids": IDS, "decoder_token_ids": IDS[:, :5]}
+
+
+def one_step(make, jit_compile, **options):
+    """Results of a step of gradient descent, and by how much each weight moved."""
+    keras.utils.set_random_seed(0)
+    model, inputs = make(**options)
+    start = [ops.convert_to_numpy(v) for v in model.trainable_variables]
+    model.compile(keras.optimizers.SGD(1.0), jit_compile=jit_compile)
+    history = model.fit(inputs, verbose=0).history
+    moved = [ops.convert_to_numpy(v) - old for v, old in zip(model.trainable_variables, start, strict=True)]
+    return {name: values[0] for name, values in history.items()}, moved
+
+
+@pytest.mark.parametrize(
+    ("make", "jit_compile", "options"),
+    [
+        (decoder, "auto", {"attention_bias": True}),
+        (decoder, "auto", {"dtype": "mixed_bfloat16"}),
+        (decoder, True, {}),
+        (encoder_decoder, "auto", {}),
+    ],
+    ids=["decoder", "bfloat16", "compiled", "encoder-decoder"],
+)
+def test_gradients_are_the_same(make, jit_compile, options):
+    if jit_compile is True and keras.config.backend() == "torch":
+        pytest.skip("torch compiles nothing here")
+    again, by_again = one_step(make, jit_compile, remat="block", **options)
+    kept, by_kept = one_step(make, jit_compile, **options)
+    half = options.get("dtype") == "mixed_bfloat16"
+    assert again == pytest.approx(kept, rel=1e-2 if half else 1e-5)
+    for one, other in zip(by_again, by_kept, strict=True):
+        assert np.abs(other).max() > 0
+        np.testing.assert_allclose(one, other, rtol=0, atol=np.abs(other).max() / 20 if half else 1e-5)
+
+
+def test_dropout_is_that_of_the_forward_pass():
+    """With the gradient of other random numbers, a step against it would not lower the loss that it belongs to."""
+    again, by_again = one_step(decoder, "auto", remat="block", dropout=0.5)
+    kept, by_kept = one_step(decoder, "auto", dropout=0.5)
+    assert again == pytest.approx(kept, rel=1e-5)
+    for one, other in zip(by_again, by_kept, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+
+
+def test_it_is_saved_may_be_set_later_and_is_checked(tmp_path):
+    model, inputs = decoder(remat="block")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.backbone.remat == "block"
+    assert all(block.remat for block in loaded.backbone.blocks)
+    loaded.backbone.remat = None
+    assert not any(block.remat for block in loaded.backbone.blocks)
+    assert np.array_equal(loaded.predict(inputs, verbose=0), model.predict(inputs, verbose=0))
+    with pytest.raises(ValueError, match=r'`remat` must be "block" or None'):
+        loaded.backbone.remat = "full"
+
+
+PROGRAM = """
+import sys
+import keras, keras_llama
+import numpy as np
+
+def peak():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+sizes = dict(num_layers=12, num_query_heads=2, num_key_value_heads=2, hidden_dim=256, intermediate_dim=1024)
+backbone = keras_llama.LlamaBackbone(vocabulary_size=500, **sizes, remat=sys.argv[1] if sys.argv[1] else None)
+lm = keras_llama.LlamaCausalLM(backbone)
+lm.compile(keras.optimizers.SGD(0.1))
+lm.fit(np.ones((1, 64), int), verbose=0)
+before = peak()
+lm.fit(np.ones((1, 2048), int), verbose=0)
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_what_a_long_text_needs_is_halved(run_python):
+    kept, again = (float(run_python(PROGRAM, remat)) for remat in ("", "block"))
+    assert again < kept / 2, (kept, again)
