@@ -1,7 +1,7 @@
 """The one place that asks which Keras backend runs, and the only one to import jax, tensorflow or torch."""
 
 from keras_llama.backend.arrays import assign, bucket, buckets, columns, copy, parts, write
-from keras_llama.backend.compiled import Compiled, CompiledLoop, flattened, repeat
+from keras_llama.backend.compiled import Compiled, CompiledLoop, compile_updates, flattened, repeat
 from keras_llama.backend.device import (
     attention_dtype,
     devices,
@@ -22,6 +22,7 @@ __all__ = [
     "bucket",
     "buckets",
     "columns",
+    "compile_updates",
     "copy",
     "devices",
     "flattened",

@@ -123,3 +123,25 @@ def repeat(ended, step, state, count, *args):
         return (i + 1, *step(kind(*parts), *args))
 
     return kind(*keras.ops.while_loop(going_on, next_one, (keras.ops.zeros((), "int32"), *state))[1:])
+
+
+def compile_updates(optimizer):
+    """Has XLA compile an optimizer's update on TensorFlow, where a step is a graph without XLA; elsewhere as it is.
+
+    An update is a dozen passes over each weight, each with a temporary array; XLA makes them one.
+    """
+    if name() != "tensorflow" or hasattr(optimizer, "updates_by_xla"):
+        return
+    import tensorflow as tf
+
+    apply = optimizer.apply
+
+    def apply_by_xla(grads, trainable_variables=None):
+        if tf.executing_eagerly() or tf.distribute.has_strategy():  # replicas meet inside of an update
+            return apply(grads, trainable_variables)
+        if not optimizer.built:
+            optimizer.build(trainable_variables)
+        update = tf.function(lambda grads: apply(grads, trainable_variables), autograph=False, jit_compile=True)
+        return update(list(grads))
+
+    optimizer.apply, optimizer.updates_by_xla = apply_by_xla, True
