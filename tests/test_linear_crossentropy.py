@@ -103,6 +103,15 @@ def test_weighted_metrics_by_name_need_no_logits(make_backbone, rng):
     assert set(model.evaluate(batch(rng), verbose=0, return_dict=True)) == {"loss", "perplexity"}
 
 
+def test_a_batch_of_ones_own_needs_no_weights(make_backbone, rng):
+    inputs = {name: rng.integers(1, 60, (2, 5)) if name == "token_ids" else np.ones((2, 5)) for name in batch(rng)}
+    model, targets = keras_llama.LlamaCausalLM(make_backbone()), rng.integers(1, 60, (2, 5))
+    model.compile("sgd")
+    chunked = model.test_on_batch(inputs, targets, return_dict=True)
+    model.compile("sgd", loss_weights=1.0)
+    assert chunked == pytest.approx(model.test_on_batch(inputs, targets, return_dict=True), rel=1e-5)
+
+
 def test_predict_gives_logits_after_fit(make_backbone, rng):
     model = keras_llama.LlamaCausalLM(make_backbone())
     model.compile()

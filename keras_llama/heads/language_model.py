@@ -166,11 +166,12 @@ class LanguageModel(Task):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not _at_hidden.get():
             return super().compute_loss(x, y, y_pred, sample_weight, training)
+        weights = ops.ones_like(y, "float32") if sample_weight is None else sample_weight
         smoothing = self.loss.label_smoothing
-        loss, entropy, right = linear_crossentropy(y_pred, self._head_kernel(), y, sample_weight, smoothing, training)
+        loss, entropy, right = linear_crossentropy(y_pred, self._head_kernel(), y, weights, smoothing, training)
         for group in self._metric_groups():
             for metric in group.metrics:
-                metric.add(entropy, right, sample_weight)
+                metric.add(entropy, right, weights)
         return sum((ops.sum(other) for other in self.losses), loss)
 
     def compute_metrics(self, x, y, y_pred, sample_weight=None):
