@@ -248,7 +248,7 @@ def test_large_tensors_are_read_in_parts(tmp_path, small_lm, monkeypatch):
     path = tmp_path / "model.gguf"
     save_checkpoint(small_lm(), path, format="gguf", quantization="q8_0")
     whole = keras_llama.LlamaCausalLM.from_preset(path, dtype="float32")
-    monkeypatch.setattr(backend, "PART", 7)
+    monkeypatch.setattr(backend.arrays, "PART", 7)
     for one, other in zip(
         whole.weights, keras_llama.LlamaCausalLM.from_preset(path, dtype="float32").weights, strict=True
     ):

@@ -31,6 +31,7 @@ print(megabytes, *levels)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", ["fit", "generate"])
 def test_a_model_that_is_gone_takes_its_memory_along(run_python, use):
     megabytes, *levels = map(float, run_python(PROGRAM, use).split())
