@@ -74,15 +74,18 @@ def linear_crossentropy(hidden, kernel, targets, weights, label_smoothing=0.0, t
     shape = ops.shape(hidden)
     rows = (1, -1)  # as one text: what there is for columns of a cache serves for them
     targets, weights = ops.reshape(ops.cast(targets, "int32"), rows), ops.reshape(ops.cast(weights, "float32"), rows)
-    share = weights / ops.maximum(ops.sum(weights), keras.config.epsilon())
+    # Weights of up to 1 in the chunks, and the division by their sum after them: float16 would lose small gradients.
+    weights /= ops.maximum(ops.max(weights), keras.config.epsilon())
+    total = ops.maximum(ops.sum(weights), keras.config.epsilon())
     arrays = (ops.reshape(hidden, (*rows, shape[-1])), ops.convert_to_tensor(kernel))
     constant, multiplier = (ops.stop_gradient(array) for array in arrays)
-    loss, scores, gradients = _in_chunks(constant, multiplier, targets, share, label_smoothing, training)
+    loss, scores, gradients = _in_chunks(constant, multiplier, targets, weights, label_smoothing, training)
+    loss /= total
     for array, gradient in zip(arrays, gradients, strict=training):
         # Adds nothing but a gradient; a custom gradient would do the same, but see `backend.silu`. As a product of
         # matrices, whose gradient is `gradient` times a number: one of a sum would first be spread over the vocabulary.
         product = ops.matmul(ops.reshape(ops.cast(array, "float32"), (1, -1)), ops.reshape(gradient, (-1, 1)))
-        loss += ops.sum(product - ops.stop_gradient(product))
+        loss += ops.sum(product - ops.stop_gradient(product)) / total
     return loss, *(ops.reshape(score, shape[:2]) for score in scores)
 
 
@@ -96,7 +99,7 @@ def rows_of_chunk(vocabulary: int) -> int:
 
 
 def _in_chunks(hidden, kernel, targets, share, smoothing, training):
-    """Loss (), (cross-entropy, right) of each token (1, T), and the loss' gradients by `hidden` and `kernel`."""
+    """The loss summed (), (cross-entropy, right) of each token (1, T), and the gradients by `hidden` and `kernel`."""
     length, vocabulary = ops.shape(targets)[1], kernel.shape[0]
     parts = -(-length // rows_of_chunk(vocabulary))  # `length` is open in TensorFlow's graph
     rows = -(-length // parts)
