@@ -9,7 +9,6 @@ import contextvars
 from collections.abc import Iterator
 from typing import Any
 
-import keras
 from keras import ops
 
 from keras_llama import backend
@@ -55,7 +54,7 @@ def attend(query, key, value, mask, training=False):
 
     Args:
         query: (B, T, N, H).
-        key, value: (B, S, K, H); N is a multiple of K (Ainslie et al., 2023, https://arxiv.org/abs/2305.13245).
+        key, value: (B, K, S, H); N is a multiple of K (Ainslie et al., 2023, https://arxiv.org/abs/2305.13245).
         mask: bool (B, T, S), True where the query may look.
         training: whether a gradient is wanted; the weights (B, N, T, S) are then computed again for it, not kept.
 
@@ -67,11 +66,10 @@ def attend(query, key, value, mask, training=False):
         recorded.append(weights(ops.cast(query, "float32"), ops.cast(key, "float32"), mask))
     if not backend.fuses_attention():
         return (backend.remat(_plain) if training else _plain)(query, key, value, mask)
-    if key.shape[2] == 1:  # Keras' torch kernel groups any number of key/value heads but one
-        key, value = (ops.repeat(x, query.shape[2], axis=2) for x in (key, value))
-    dtype = backend.attention_dtype(keras.backend.standardize_dtype(query.dtype))
-    heads = ops.dot_product_attention(*(ops.cast(x, dtype) for x in (query, key, value)), mask=ops.expand_dims(mask, 1))
-    return ops.cast(heads, query.dtype)
+    if key.shape[1] == 1:  # Keras' torch kernel groups any number of key/value heads but one
+        key, value = (ops.repeat(x, query.shape[2], axis=1) for x in (key, value))
+    key, value = (ops.transpose(x, (0, 2, 1, 3)) for x in (key, value))
+    return ops.dot_product_attention(query, key, value, mask=ops.expand_dims(mask, 1))
 
 
 def _plain(query, key, value, mask):
@@ -85,22 +83,22 @@ def weights(query, key, mask):
     """
     # No size is left to `reshape` to infer: it cannot where there are no rows.
     rows, length = ops.shape(query)[:2]
-    heads, groups, width = query.shape[2], key.shape[2], query.shape[3]
+    heads, groups, width = query.shape[2], key.shape[1], query.shape[3]
     grouped = ops.reshape(query, (rows, length, groups, heads // groups, width))
     grouped = ops.reshape(ops.transpose(grouped, (0, 2, 3, 1, 4)), (rows, groups, heads // groups * length, width))
-    scores = ops.cast(ops.matmul(grouped, ops.transpose(key, (0, 2, 3, 1))), "float32") * width**-0.5
-    scores = ops.reshape(scores, (rows, heads, length, ops.shape(key)[1]))
+    scores = ops.cast(ops.matmul(grouped, ops.transpose(key, (0, 1, 3, 2))), "float32") * width**-0.5
+    scores = ops.reshape(scores, (rows, heads, length, ops.shape(key)[2]))
     if scores.shape[-1] == 1:
         return ops.ones_like(scores)  # Keras warns of a softmax over one
     return ops.softmax(ops.where(ops.expand_dims(mask, 1), scores, -1e30), axis=-1)
 
 
 def _summed(shares, value):
-    """Sums of values (B, S, K, H) by shares (B, N, T, S): (B, T, N, H) in the values' dtype."""
+    """Sums of values (B, K, S, H) by shares (B, N, T, S): (B, T, N, H) in the values' dtype."""
     rows, heads, length = ops.shape(shares)[:3]
-    groups, width = value.shape[2:]
-    grouped = (rows, groups, heads // groups * length, ops.shape(value)[1])
-    summed = ops.matmul(ops.reshape(ops.cast(shares, value.dtype), grouped), ops.transpose(value, (0, 2, 1, 3)))
+    groups, width = value.shape[1], value.shape[3]
+    grouped = (rows, groups, heads // groups * length, ops.shape(value)[2])
+    summed = ops.matmul(ops.reshape(ops.cast(shares, value.dtype), grouped), value)
     return ops.transpose(ops.reshape(summed, (rows, heads, length, width)), (0, 2, 1, 3))
 
 

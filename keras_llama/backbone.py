@@ -80,7 +80,7 @@ class Stack:
 
 def check_cache(cache, token_ids, padding_mask, index):
     """Raises a `ValueError` unless tokens (B, T) at column `index` fit into a cache and its mask (B, S)."""
-    columns, length = cache[0][0].shape[1], token_ids.shape[1]
+    columns, length = cache[0][0].shape[2], token_ids.shape[1]
     known = None not in (columns, length) and isinstance(index, int)  # sizes may be open in somebody's graph
     if padding_mask.shape[1] != columns or (known and not 0 <= index <= columns - length):
         raise invalid(

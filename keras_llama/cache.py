@@ -1,4 +1,6 @@
-"""The key/value cache: a plain tuple of (key, value) pairs, one per block, each (B, S, K, H).
+"""The key/value cache: a plain tuple of (key, value) pairs, one per block, each (B, K, S, H).
+
+A head's columns lie together, as its products read them.
 
 Cache in, cache out: nothing here changes its argument.
 """
@@ -10,15 +12,15 @@ from keras_llama.config import LlamaConfig
 
 
 def make(config: LlamaConfig, batch_size, length, dtype="float32"):
-    """An empty cache for `length` columns: `num_layers` pairs of zeros (B, S, K, H)."""
-    shape = (batch_size, length, config.num_key_value_heads, config.head_dim)
+    """An empty cache for `length` columns: `num_layers` pairs of zeros (B, K, S, H)."""
+    shape = (batch_size, config.num_key_value_heads, length, config.head_dim)
     return tuple((ops.zeros(shape, dtype), ops.zeros(shape, dtype)) for _ in range(config.num_layers))
 
 
 def append(pair, key, value, index):
-    """Writes new keys and values (B, T, K, H) at column `index` of one block's pair (B, S, K, H)."""
+    """Writes new keys and values (B, K, T, H) at column `index` of one block's pair (B, K, S, H)."""
     return tuple(
-        backend.write(old, ops.cast(new, old.dtype), index) for old, new in zip(pair, (key, value), strict=True)
+        backend.write(old, ops.cast(new, old.dtype), index, axis=2) for old, new in zip(pair, (key, value), strict=True)
     )
 
 

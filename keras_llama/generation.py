@@ -12,6 +12,7 @@ from keras import ops
 from keras_llama import backend
 from keras_llama import cache as kv_cache
 from keras_llama.config import LlamaConfig
+from keras_llama.projections import KernelCopies
 from keras_llama.samplers import choose, penalize
 
 
@@ -47,11 +48,13 @@ class TokenLoop:
         config: sizes of the cache and of the vocabulary.
         variables: the weights that `step` reads.
         dtype: of the cache.
+        groups: the layers that a step reads, as `KernelCopies` takes them.
     """
 
-    def __init__(self, step: Callable, config: LlamaConfig, variables: Sequence, dtype: str):
+    def __init__(self, step: Callable, config: LlamaConfig, variables: Sequence, dtype: str, groups: Sequence[tuple]):
         self.step, self.config, self.dtype = step, config, dtype
-        self._next_step = backend.flattened(step, variables)
+        self._kernels = KernelCopies(groups, variables)
+        self._next_step = backend.flattened(self._step_by_copies, variables)
         # A prompt is few large products, which XLA would compile anew for each bucket and run no faster on a CPU; a
         # step is many small operations, whose own cost XLA takes away.
         prefill = backend.resolve_jit("auto")
@@ -86,9 +89,11 @@ class TokenLoop:
         sampling = (settings, stops, uniforms.astype("float32"))
         last = first + max_new_tokens
         state = self._start(tokens[:, :first], mask, seen, context, *sampling)
+        copies = self._kernels.make(len(prompts))
         shown, column = first, first + 1
         while True:
-            state = self._advance(state, min(shown + (chunk or max_new_tokens), last) - column, context, *sampling)
+            end = min(shown + (chunk or max_new_tokens), last)
+            state = self._advance(state, end - column, copies, context, *sampling)
             column = int(state.column)
             written = ops.convert_to_numpy(state.tokens)[:, first:column]
             done = ops.convert_to_numpy(state.done)
@@ -113,6 +118,7 @@ class TokenLoop:
         options = (np.float32(penalty), np.array(search.stop_ids or [-1], "int32"))
         cache, *found = self._prefill_beams(tokens[:, :first], mask, seen, context, search.scores, *options)
         mask, seen = (np.repeat(x, num_beams, axis=0) for x in (mask, seen))
+        copies = self._kernels.make(len(mask))
         for column in range(first, first + max_new_tokens):
             rows = search.update(*(ops.convert_to_numpy(x) for x in found))
             if search.settled() or column == first + max_new_tokens - 1:
@@ -121,7 +127,7 @@ class TokenLoop:
             mask[:, column] = 1
             seen[np.arange(len(rows)), ids] = True
             cache, *found = self._step_beams(
-                cache, rows, ids[:, None], mask, np.int32(column), seen, context, search.scores, *options
+                cache, rows, ids[:, None], mask, np.int32(column), seen, copies, context, search.scores, *options
             )
         return search.best()
 
@@ -142,7 +148,7 @@ class TokenLoop:
         sampling = (settings, ops.convert_to_tensor(np.array(sorted(stop_ids) or [-1], "int32")), uniforms)
         state = self._prefill_and_choose(prompts, mask, seen, context, *sampling)
         more = ops.cast(max_new_tokens - 1, "int32")
-        return backend.repeat(_ended, self._next, state, more, context, *sampling).tokens[:, first:]
+        return backend.repeat(_ended, self._next, state, more, {}, context, *sampling).tokens[:, first:]
 
     def _prompt_arrays(self, prompts, max_new_tokens):
         """Tokens and mask (B, S), seen (B, V), and the first column after the prompts."""
@@ -170,10 +176,14 @@ class TokenLoop:
         state = State(tokens, mask, cache, seen, done, ops.convert_to_tensor(column, "int32"))
         return self._write(state, logits, settings, stops, uniforms)
 
-    def _next(self, state, context, settings, stops, uniforms):
+    def _step_by_copies(self, copies, *args):
+        with self._kernels.used(copies):
+            return self.step(*args)
+
+    def _next(self, state, copies, context, settings, stops, uniforms):
         """One more token for each row."""
         last = backend.columns(state.tokens, state.column - 1, 1)
-        logits, cache = self._next_step(last, state.mask, state.cache, state.column - 1, *context)
+        logits, cache = self._next_step(copies, last, state.mask, state.cache, state.column - 1, *context)
         return self._write(state._replace(cache=cache), logits, settings, stops, uniforms)
 
     def _write(self, state, logits, settings, stops, uniforms):
@@ -185,7 +195,7 @@ class TokenLoop:
             tokens=backend.write(state.tokens, ids[:, None], state.column),
             mask=backend.write(state.mask, real[:, None], state.column),
             cache=state.cache,
-            seen=ops.logical_or(state.seen, ops.one_hot(ids, self.config.vocabulary_size, dtype="bool")),
+            seen=backend.mark(state.seen, ids),
             done=ops.logical_or(state.done, ops.any(ids[:, None] == stops[None, :], axis=-1)),
             column=state.column + 1,
         )
@@ -197,9 +207,9 @@ class TokenLoop:
         found, ids = ops.top_k(self._log_probabilities(logits, seen, penalty), _width(num_beams, stops))
         return kv_cache.reorder(cache, ops.repeat(ops.arange(rows, dtype="int32"), num_beams)), found, ids
 
-    def _expand_beams(self, cache, rows, last, mask, column, seen, context, scores, penalty, stops):
+    def _expand_beams(self, cache, rows, last, mask, column, seen, copies, context, scores, penalty, stops):
         """Cache of the chosen rows, and the best continuations over all beams of a prompt (B, width)."""
-        logits, cache = self._next_step(last, mask, kv_cache.reorder(cache, rows), column, *context)
+        logits, cache = self._next_step(copies, last, mask, kv_cache.reorder(cache, rows), column, *context)
         total = self._log_probabilities(logits, seen, penalty) + ops.reshape(scores, (-1, 1))
         prompts, num_beams = scores.shape
         found, ids = ops.top_k(ops.reshape(total, (prompts, -1)), _width(num_beams, stops))

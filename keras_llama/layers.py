@@ -15,6 +15,7 @@ from keras_llama import backend
 from keras_llama import cache as kv_cache
 from keras_llama.attention import attend, not_later, positions, same_segment, same_segment_or_all
 from keras_llama.config import check_heads, invalid, rope_options
+from keras_llama.projections import project
 from keras_llama.rope import inverse_frequencies, rotary_angles, rotate
 
 register = keras.saving.register_keras_serializable(package="keras_llama")
@@ -105,6 +106,10 @@ def _dense(layer, units, name, scale=1.0):
     )
 
 
+def _by_head(x):
+    return ops.transpose(x, (0, 2, 1, 3))  # (B, T, K, H) -> (B, K, T, H)
+
+
 @register
 class LlamaMemoryMask(keras.layers.Layer):
     """Which source tokens each target token may look at in cross-attention: those of its segment.
@@ -160,7 +165,12 @@ class _Attention(keras.layers.Layer):
 
     def _merged(self, heads, rows, length):
         merged = ops.reshape(heads, (rows, length, self.num_query_heads * self.head_dim))
-        return self.attention_output(merged)
+        return project(merged, self.attention_output)[0]
+
+    @property
+    def projections(self):
+        """The layers that a step of decoding reads, those of one input together, as `project` takes them."""
+        return (self.query, self.key, self.value), (self.attention_output,)
 
     def get_config(self):
         return {
@@ -178,8 +188,8 @@ class LlamaAttention(_Attention):
     """Grouped-query self-attention with rotary positions: (B, T, D) -> (B, T, D) and its keys and values.
 
     Call: `x` (B, T, D); `cos`, `sin` (B, T, H/2) and `mask` (B, T, S) from `LlamaPositions`;
-    `cache`, this block's (key, value) pair (B, S, K, H), and `index`, the column to write at.
-    Returns the output and the (key, value) pair, (B, T, K, H) or (B, S, K, H) with a cache.
+    `cache`, this block's (key, value) pair (B, K, S, H), and `index`, the column to write at.
+    Returns the output and the (key, value) pair, (B, K, T, H) or (B, K, S, H) with a cache.
 
     Args:
         num_query_heads: N.
@@ -195,14 +205,15 @@ class LlamaAttention(_Attention):
     >>> attention = LlamaAttention(num_query_heads=2, num_key_value_heads=1, head_dim=4)
     >>> x, (key, value) = attention(np.ones((1, 3, 8), "float32"), *LlamaPositions(head_dim=4)(ones, ones))
     >>> tuple(x.shape), tuple(key.shape)
-    ((1, 3, 8), (1, 3, 1, 4))
+    ((1, 3, 8), (1, 1, 3, 4))
     """
 
     def call(self, x, cos, sin, mask, cache=None, index=0, training=None):
         x = ops.cast(x, self.compute_dtype)
-        query = rotate(self._heads(self.query(x), self.num_query_heads), cos, sin)
-        key = rotate(self._heads(self.key(x), self.num_key_value_heads), cos, sin)
-        value = self._heads(self.value(x), self.num_key_value_heads)
+        query, key, value = project(x, self.query, self.key, self.value)
+        query = rotate(self._heads(query, self.num_query_heads), cos, sin)
+        key = _by_head(rotate(self._heads(key, self.num_key_value_heads), cos, sin))
+        value = _by_head(self._heads(value, self.num_key_value_heads))
         if cache is not None:
             key, value = kv_cache.append(cache, key, value, index)
         heads = attend(query, key, value, mask, training)
@@ -228,13 +239,19 @@ class LlamaCrossAttention(_Attention):
     def call(self, x, memory, mask, training=None):
         x = ops.cast(x, self.compute_dtype)
         key, value = memory if isinstance(memory, tuple) else self.keys_and_values(memory)
-        query = ops.reshape(self.query(x), (ops.shape(key)[0], -1, self.num_query_heads, self.head_dim))
+        (query,) = project(x, self.query)
+        query = ops.reshape(query, (ops.shape(key)[0], -1, self.num_query_heads, self.head_dim))
         return self._merged(attend(query, key, value, mask, training), *ops.shape(x)[:2])
 
     def keys_and_values(self, encoded):
-        """Keys and values of the encoder's output: (B, S, D) -> a pair of (B, S, K, H)."""
+        """Keys and values of the encoder's output: (B, S, D) -> a pair of (B, K, S, H)."""
         encoded = ops.cast(encoded, self.compute_dtype)
-        return tuple(self._heads(kind(encoded), self.num_key_value_heads) for kind in (self.key, self.value))
+        return tuple(_by_head(self._heads(kind(encoded), self.num_key_value_heads)) for kind in (self.key, self.value))
+
+    @property
+    def projections(self):
+        """As `LlamaAttention.projections`; keys and values are those of the source, computed before."""
+        return (self.query,), (self.attention_output,)
 
 
 @register
@@ -267,7 +284,13 @@ class LlamaMLP(keras.layers.Layer):
 
     def call(self, x):
         x = ops.cast(x, self.compute_dtype)
-        return self.down(backend.silu(self.gate(x)) * self.up(x))
+        gate, up = project(x, self.gate, self.up)
+        return project(backend.silu(gate) * up, self.down)[0]
+
+    @property
+    def projections(self):
+        """As `LlamaAttention.projections`."""
+        return (self.gate, self.up), (self.down,)
 
     def get_config(self):
         return {
@@ -293,7 +316,7 @@ class LlamaBlock(keras.layers.Layer):
     >>> ones = np.ones((1, 3), "int32")
     >>> x, (key, value) = block(np.ones((1, 3, 8), "float32"), *positions(ones, ones))
     >>> tuple(x.shape), tuple(key.shape)
-    ((1, 3, 8), (1, 3, 1, 4))
+    ((1, 3, 8), (1, 1, 3, 4))
     """
 
     def __init__(
@@ -361,6 +384,12 @@ class LlamaBlock(keras.layers.Layer):
             part = self._run(again, crossed, self.cross_attention_norm, self.cross_attention)(x, memory, memory_mask)
             x = x + self.dropout(part)
         return x + self.dropout(self._run(again, mixed, self.mlp_norm, self.mlp)(x)), pair
+
+    @property
+    def projections(self):
+        """As `LlamaAttention.projections`, of all parts."""
+        parts = (self.attention, self.cross_attention, self.mlp)
+        return tuple(group for part in parts if part is not None for group in part.projections)
 
     def _run(self, again, part, *layers):
         """A part of the block that reads these layers, as it is or computed again for its gradient."""

@@ -66,7 +66,7 @@ class LlamaSeq2SeqBackbone(Backbone):
         return self._encoder.run(token_ids, padding_mask)[0]
 
     def memory(self, encoded):
-        """Keys and values of cross-attention, a pair (B, S, K, H) per block: what a source costs once per generation.
+        """Keys and values of cross-attention, a pair (B, K, S, H) per block: what a source costs once per generation.
 
         Args:
             encoded: what `encode` returned.

@@ -43,19 +43,19 @@ def test_real_tokens_see_no_padding_and_no_other_segment():
 
 def numpy_attention(query, key, value, mask):
     """softmax(q k^T / sqrt(H)) v with query head n on key/value head n // (N / K)."""
-    groups = query.shape[2] // key.shape[2]
-    key, value = key.repeat(groups, axis=2), value.repeat(groups, axis=2)
-    scores = np.einsum("btnh,bsnh->bnts", query, key) / np.sqrt(query.shape[-1])
+    groups = query.shape[2] // key.shape[1]
+    key, value = key.repeat(groups, axis=1), value.repeat(groups, axis=1)
+    scores = np.einsum("btnh,bnsh->bnts", query, key) / np.sqrt(query.shape[-1])
     scores = np.where(mask[:, None], scores, -np.inf)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), value)
+    return np.einsum("bnts,bnsh->btnh", weights / weights.sum(-1, keepdims=True), value)
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("mask", [[RIGHT, LEFT], [PACKED, RIGHT]])
 def test_attention_is_the_formula(rng, kv_heads, mask):
     query = rng.normal(size=(2, 5, 4, 8)).astype("float32")
-    key, value = rng.normal(size=(2, 2, 5, kv_heads, 8)).astype("float32")
+    key, value = rng.normal(size=(2, 2, kv_heads, 5, 8)).astype("float32")
     mask = ops.convert_to_numpy(seen_by(mask))
     found = attend(*(ops.convert_to_tensor(x) for x in (query, key, value, mask)))
     np.testing.assert_allclose(ops.convert_to_numpy(found), numpy_attention(query, key, value, mask), atol=1e-5)
@@ -64,7 +64,8 @@ def test_attention_is_the_formula(rng, kv_heads, mask):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_softmax_is_computed_in_float32(dtype):
     """Read off the compiled graph on TensorFlow and JAX; on torch, by scores beyond the range of float16."""
-    arguments = [ops.full((1, 5, 2, 8), 100.0, dtype)] * 3 + [ops.ones((1, 5, 5), "bool")]
+    query, key = ops.full((1, 5, 2, 8), 100.0, dtype), ops.full((1, 2, 5, 8), 100.0, dtype)
+    arguments = [query, key, key, ops.ones((1, 5, 5), "bool")]
     found = attend(*arguments)
     assert keras.backend.standardize_dtype(found.dtype) == dtype
     if keras.config.backend() == "tensorflow":

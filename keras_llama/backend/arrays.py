@@ -33,22 +33,39 @@ def copy(source: Any, variable: Any) -> None:
     assign(variable, keras.ops.convert_to_numpy(source.value))
 
 
-def write(array: Any, new: Any, column: Any) -> Any:
-    """An array (B, S, ...) with `new` (B, T, ...) from `column` of its second axis on.
+def write(array: Any, new: Any, column: Any, axis: int = 1) -> Any:
+    """An array (B, S, ...) with `new` (B, T, ...) from `column` of its axis S on.
 
     On TensorFlow by a scatter: Keras' `slice_update` is an operation of XLA's there, which a server need not have.
     """
     if name() == "jax":
-        return keras.ops.slice_update(array, [0, column] + [0] * (len(array.shape) - 2), new)
+        start = [0] * len(array.shape)
+        return keras.ops.slice_update(array, [*start[:axis], column, *start[axis + 1 :]], new)
     if name() == "torch":
         import torch
 
-        return array.index_copy(1, torch.arange(new.shape[1], device=array.device) + column, new)
+        return array.index_copy(axis, torch.arange(new.shape[axis], device=array.device) + column, new)
     import tensorflow as tf
 
-    rows, length = tf.unstack(tf.shape(new)[:2])
-    places = tf.stack(tf.meshgrid(tf.range(rows), tf.range(length) + tf.cast(column, tf.int32), indexing="ij"), -1)
+    *before, length = (tf.range(size) for size in tf.unstack(tf.shape(new)[: axis + 1]))
+    places = tf.stack(tf.meshgrid(*before, length + tf.cast(column, tf.int32), indexing="ij"), -1)
     return tf.tensor_scatter_nd_update(array, places, new)
+
+
+def mark(array: Any, places: Any) -> Any:
+    """An array bool (B, V) with `True` at column `places[i]` (B,) of each row i, too."""
+    rows = keras.ops.arange(keras.ops.shape(places)[0], dtype=places.dtype)
+    index = keras.ops.stack([rows, places], axis=1)
+    if name() == "tensorflow":  # Keras' own adds, and there is no sum of booleans
+        import tensorflow as tf
+
+        return tf.tensor_scatter_nd_update(array, index, tf.ones_like(places, "bool"))
+    return keras.ops.scatter_update(array, index, keras.ops.ones_like(places, "bool"))
+
+
+def contiguous(array: Any) -> Any:
+    """The array with its rows one after another in memory; torch's `transpose` moves nothing."""
+    return array.contiguous() if name() == "torch" else array
 
 
 def columns(array: Any, start: Any, count: Any) -> Any:

@@ -58,8 +58,9 @@ class Compiled:
 def flattened(function, variables):
     """A function of arrays whose operations torch runs without the layers around them, which cost more than a step.
 
-    They are listed once for each set of shapes, without gradients; nothing may depend on the values of the arrays. On
-    TensorFlow and JAX it is the function itself.
+    They are listed once for each set of shapes, without gradients; nothing may depend on the values of the arrays. An
+    argument that is only written to, as a cache is, is written to in place. On TensorFlow and JAX it is the function
+    itself.
     """
     if name() != "torch":
         return function
@@ -75,9 +76,21 @@ def flattened(function, variables):
         key = (*shapes, *(id(variable.value) for variable in variables))
         if key not in lists:
             lists[key] = make_fx(lambda *args: function(*args))(*args)  # it counts the `self` of a method
+            _write_in_place(lists[key])
         return lists[key](*args)
 
     return call
+
+
+def _write_in_place(listed):
+    import torch
+
+    for node in listed.graph.nodes:
+        if node.target == torch.ops.aten.index_copy.default:
+            array = node.args[0]
+            if array.op == "placeholder" and len(array.users) == 1:
+                node.target = torch.ops.aten.index_copy_.default
+    listed.recompile()
 
 
 class CompiledLoop:

@@ -59,13 +59,18 @@ def set_memory_growth() -> None:
 
 
 def fuses_attention() -> bool:
-    """Whether Keras' attention is a fused kernel; TensorFlow's is plain products, keys repeated for each query head."""
-    return name() != "tensorflow"
+    """Whether Keras' attention is a fused kernel; elsewhere it is plain products, with keys for each query head."""
+    return name() == "torch" or (name() == "jax" and has_gpu())
 
 
-def attention_dtype(dtype: str) -> str:
-    """The dtype to compute attention of `dtype` in: JAX has no float16 attention but on a GPU."""
-    return "float32" if dtype == "float16" and name() == "jax" and not has_gpu() else dtype
+def reads_copies_faster(rows: int, kernels: int, tied: bool, dtype: str) -> bool:
+    """Whether a decoding step reads a copy of `kernels` kernels as one faster, or one of a tied head as (D, V).
+
+    As measured on a CPU (benchmarks/RESULTS.md): for up to four rows on TensorFlow and, in float32, on torch.
+    """
+    if rows > 4 or has_gpu():
+        return False
+    return kernels > 1 if name() == "tensorflow" else name() == "torch" and dtype == "float32" and (kernels > 1 or tied)
 
 
 def resolve_jit(jit_compile: bool | str) -> bool:

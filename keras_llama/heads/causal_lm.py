@@ -13,7 +13,6 @@ from keras import ops
 from keras_llama import backend, dialogue
 from keras_llama.config import invalid
 from keras_llama.export.saved_model import STRINGS, Signature
-from keras_llama.generation import TokenLoop
 from keras_llama.heads import completion
 from keras_llama.heads.inputs import are_ids
 from keras_llama.heads.language_model import LanguageModel
@@ -251,7 +250,7 @@ class LlamaCausalLM(LanguageModel):
 
     @functools.cached_property
     def _loop(self):
-        return TokenLoop(self._next_logits, self.backbone.config, self.weights, self.dtype_policy.compute_dtype)
+        return self.make_loop(self._next_logits)
 
     @functools.cached_property
     def _score_step(self):
@@ -260,12 +259,12 @@ class LlamaCausalLM(LanguageModel):
     def _next_logits(self, token_ids, padding_mask, cache, index):
         """Float32 logits after the last column (B, V), and the cache."""
         hidden, cache = self.backbone.decode(token_ids, padding_mask, cache, index)
-        return ops.cast(self._to_logits(hidden[:, -1]), "float32"), cache
+        return self.logits_of(hidden[:, -1]), cache
 
     def _log_probs(self, token_ids, padding_mask):
         """Log-probability of each token but the first, (B, T - 1)."""
         hidden, _ = self.backbone.decode(token_ids, padding_mask)
-        logits = ops.cast(self._to_logits(hidden[:, :-1]), "float32")
+        logits = self.logits_of(hidden[:, :-1])
         chosen = ops.take_along_axis(logits, token_ids[:, 1:, None], axis=-1)
         return ops.squeeze(chosen, -1) - ops.logsumexp(logits, axis=-1)
 

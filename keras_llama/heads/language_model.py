@@ -12,6 +12,7 @@ from keras import ops
 from keras_llama.config import invalid
 from keras_llama.export.graph_loop import continued
 from keras_llama.export.saved_model import INTEGER, NUMBER
+from keras_llama.generation import TokenLoop
 from keras_llama.heads.plan import make_plan
 from keras_llama.heads.task import Task
 from keras_llama.layers import kernel_initializer
@@ -23,6 +24,7 @@ from keras_llama.losses import (
     linear_crossentropy,
     token_metrics,
 )
+from keras_llama.projections import project
 
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAMPLING = {"max_new_tokens": INTEGER, "temperature": NUMBER, "top_k": INTEGER, "top_p": NUMBER, "seed": INTEGER}
@@ -62,7 +64,7 @@ class LanguageModel(Task):
 
     def __init__(self, backbone, preprocessor, generation_config, **kwargs):
         if backbone.config.tie_word_embeddings:
-            to_logits = functools.partial(backbone.token_embedding, reverse=True)
+            to_logits = backbone.token_embedding
         else:
             to_logits = keras.layers.Dense(
                 backbone.config.vocabulary_size,
@@ -71,9 +73,10 @@ class LanguageModel(Task):
                 dtype=backbone.dtype_policy,
                 name=self.head,
             )
-        logits = keras.layers.Activation("linear", dtype="float32", name="logits")(to_logits(backbone(backbone.input)))
+        (logits,) = project(backbone(backbone.input), to_logits)
+        logits = keras.layers.Activation("linear", dtype="float32", name="logits")(logits)
         super().__init__(backbone, preprocessor, logits, **kwargs)
-        self._to_logits = to_logits  # hidden states (.., D) -> logits (.., V)
+        self._to_logits = to_logits
         self.chunked = False
         self.generation_config = dict(generation_config or {})
 
@@ -103,6 +106,16 @@ class LanguageModel(Task):
         if given is None:
             given = [] if self.preprocessor is None else [self.preprocessor.tokenizer.eos_id]
         return {int(i) for i in (given if isinstance(given, (list, tuple)) else [given]) if i >= 0}
+
+    def logits_of(self, hidden):
+        """Float32 logits (..., V) of hidden states (..., D)."""
+        return ops.cast(project(hidden, self._to_logits)[0], "float32")
+
+    def make_loop(self, step):
+        """The `TokenLoop` over a step of this model."""
+        groups = [group for block in self.backbone.blocks for group in block.projections]
+        groups.append((self._to_logits,))
+        return TokenLoop(step, self.backbone.config, self.weights, self.dtype_policy.compute_dtype, groups)
 
     def generating(self, loop, text, context_length, **defaults):
         """What `serving` needs to generate: a function, its inputs after the texts, and their defaults.

@@ -14,7 +14,6 @@ from keras_llama import backend
 from keras_llama.attention import record
 from keras_llama.config import invalid
 from keras_llama.export.saved_model import STRINGS, Signature
-from keras_llama.generation import TokenLoop
 from keras_llama.heads import completion
 from keras_llama.heads.inputs import are_ids, is_token_ids
 from keras_llama.heads.language_model import LanguageModel
@@ -290,7 +289,7 @@ class LlamaSeq2SeqLM(LanguageModel):
         return {"translate": Signature(translate, {"sources": STRINGS, **inputs}, defaults), **super().serving(text)}
 
     def remember(self, token_ids, padding_mask):
-        """Keys and values of cross-attention for sources int32 (B, S): a pair (B, S, K, H) per block."""
+        """Keys and values of cross-attention for sources int32 (B, S): a pair (B, K, S, H) per block."""
         return self.backbone.memory(self.backbone.encode(token_ids, padding_mask))
 
     def get_config(self):
@@ -299,7 +298,7 @@ class LlamaSeq2SeqLM(LanguageModel):
     @functools.cached_property
     def token_loop(self):
         """The `TokenLoop` over this model's steps."""
-        return TokenLoop(self._next_logits, self.backbone.config, self.weights, self.dtype_policy.compute_dtype)
+        return self.make_loop(self._next_logits)
 
     @functools.cached_property
     def _remember(self):
@@ -308,7 +307,7 @@ class LlamaSeq2SeqLM(LanguageModel):
     def _next_logits(self, token_ids, padding_mask, cache, index, memory, memory_mask):
         """Float32 logits after the last column (B, V), and the cache."""
         hidden, cache = self.backbone.decode(token_ids, padding_mask, memory, memory_mask, cache, index)
-        return keras.ops.cast(self._to_logits(hidden[:, -1]), "float32"), cache
+        return self.logits_of(hidden[:, -1]), cache
 
     def _prompts(self, rows, plan):
         """The start of each target of a batch, and what the decoder attends to: keys and values, and their mask."""

@@ -1,0 +1,90 @@
+"""Products of one input with the kernels of several layers, and copies of kernels for decoding.
+
+A model's weights stay one kernel per layer, which checkpoints, adapters and sharding name. A step of decoding reads
+them all for a few tokens, and is as fast as it reads: so copies are made for the time of one generation, from what the
+weights are then. Shapes: D in, units out.
+"""
+
+import contextlib
+import contextvars
+import itertools
+from collections.abc import Iterator, Sequence
+
+import keras
+from keras import ops
+
+from keras_llama import backend
+
+_copies: contextvars.ContextVar[dict | None] = contextvars.ContextVar("copies", default=None)
+
+
+def project(x, *layers):
+    """What each layer makes of x (..., D): a tuple of arrays (..., units).
+
+    Args:
+        x: in the dtype to multiply in.
+        layers: `Dense` layers; or a token embedding, which is meant in reverse, as the head.
+    """
+    copies = _copies.get() or {}
+    if layers[0] in copies:
+        kernel, *bias = copies[layers[0]]
+        product = sum(bias, ops.matmul(x, kernel))
+        ends = list(itertools.accumulate(layer.units for layer in layers[:-1]))
+        return tuple(ops.split(product, ends, axis=-1)) if ends else (product,)
+    return tuple(layer(x, reverse=True) if _is_head(layer) else layer(x) for layer in layers)
+
+
+class KernelCopies:
+    """Copies of kernels that steps of few tokens read faster: of the layers that share an input, one.
+
+    A group has none where it would be no faster by it (`backend.reads_copies_faster`), or is quantised or adapted.
+    Where weights have another dtype than the products, each group has a copy in the products'.
+
+    Args:
+        groups: tuples of layers, as `project` is called with them.
+        variables: the weights of the model.
+    """
+
+    def __init__(self, groups: Sequence[tuple], variables: Sequence):
+        self.groups, self.variables = groups, variables
+        self._makers: dict[tuple, backend.Compiled] = {}
+
+    def make(self, rows: int) -> dict[int, tuple]:
+        """By number of its group, for steps of `rows` tokens: kernel (D, units of all), and bias if there is one."""
+        chosen = tuple(i for i, group in enumerate(self.groups) if _wants_copy(group, rows))
+        if chosen not in self._makers:
+            self._makers[chosen] = backend.Compiled(
+                lambda: {i: _copy(self.groups[i], rows) for i in chosen}, self.variables
+            )
+        return self._makers[chosen]()
+
+    @contextlib.contextmanager
+    def used(self, copies: dict[int, tuple]) -> Iterator[None]:
+        """Has `project` multiply with what `make` returned."""
+        token = _copies.set({self.groups[i][0]: copy for i, copy in copies.items()})
+        try:
+            yield
+        finally:
+            _copies.reset(token)
+
+
+def _wants_copy(group, rows):
+    plain = all(layer.quantization_mode is None and not getattr(layer, "lora_enabled", False) for layer in group)
+    return plain and (group[0].variable_dtype != group[0].compute_dtype or _is_faster(group, rows))
+
+
+def _is_faster(group, rows):
+    return backend.reads_copies_faster(rows, len(group), _is_head(group[0]), group[0].compute_dtype)
+
+
+def _copy(group, rows):
+    dtype = group[0].compute_dtype
+    if _is_head(group[0]):
+        kernel = ops.transpose(ops.cast(group[0].embeddings, dtype))
+        return (backend.contiguous(kernel) if _is_faster(group, rows) else kernel,)
+    parts = ([layer.kernel for layer in group], [layer.bias for layer in group if layer.use_bias])
+    return tuple(ops.concatenate([ops.cast(x, dtype) for x in part], axis=-1) for part in parts if part)
+
+
+def _is_head(layer):
+    return isinstance(layer, keras.layers.ReversibleEmbedding)
