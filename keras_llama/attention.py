@@ -64,7 +64,8 @@ def attend(query, key, value, mask, training=False):
     recorded = _recorded.get()
     if recorded is not None:
         recorded.append(weights(ops.cast(query, "float32"), ops.cast(key, "float32"), mask))
-    if not backend.fuses_attention():
+    # For a single query the kernels would first repeat all keys; grouped products read each once.
+    if not backend.fuses_attention() or query.shape[1] == 1:
         return (backend.remat(_plain) if training else _plain)(query, key, value, mask)
     if key.shape[1] == 1:  # Keras' torch kernel groups any number of key/value heads but one
         key, value = (ops.repeat(x, query.shape[2], axis=1) for x in (key, value))

@@ -49,12 +49,21 @@ class TokenLoop:
         variables: the weights that `step` reads.
         dtype: of the cache.
         groups: the layers that a step reads, as `KernelCopies` takes them.
+        by_compiler: says whether torch compiles a step (`backend.flattened`).
     """
 
-    def __init__(self, step: Callable, config: LlamaConfig, variables: Sequence, dtype: str, groups: Sequence[tuple]):
+    def __init__(
+        self,
+        step: Callable,
+        config: LlamaConfig,
+        variables: Sequence,
+        dtype: str,
+        groups: Sequence[tuple],
+        by_compiler: Callable[[], bool],
+    ):
         self.step, self.config, self.dtype = step, config, dtype
         self._kernels = KernelCopies(groups, variables)
-        self._next_step = backend.flattened(self._step_by_copies, variables)
+        self._next_step = backend.flattened(self._step_by_copies, variables, by_compiler)
         # A prompt is few large products, which XLA would compile anew for each bucket and run no faster on a CPU; a
         # step is many small operations, whose own cost XLA takes away.
         prefill = backend.resolve_jit("auto")
@@ -89,7 +98,7 @@ class TokenLoop:
         sampling = (settings, stops, uniforms.astype("float32"))
         last = first + max_new_tokens
         state = self._start(tokens[:, :first], mask, seen, context, *sampling)
-        copies = self._kernels.make(len(prompts))
+        copies = self._kernels.make(len(prompts), backend.bucket(max_new_tokens))
         shown, column = first, first + 1
         while True:
             end = min(shown + (chunk or max_new_tokens), last)
@@ -118,7 +127,7 @@ class TokenLoop:
         options = (np.float32(penalty), np.array(search.stop_ids or [-1], "int32"))
         cache, *found = self._prefill_beams(tokens[:, :first], mask, seen, context, search.scores, *options)
         mask, seen = (np.repeat(x, num_beams, axis=0) for x in (mask, seen))
-        copies = self._kernels.make(len(mask))
+        copies = self._kernels.make(len(mask), backend.bucket(max_new_tokens))
         for column in range(first, first + max_new_tokens):
             rows = search.update(*(ops.convert_to_numpy(x) for x in found))
             if search.settled() or column == first + max_new_tokens - 1:

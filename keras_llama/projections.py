@@ -37,7 +37,7 @@ def project(x, *layers):
 class KernelCopies:
     """Copies of kernels that steps of few tokens read faster: of the layers that share an input, one.
 
-    A group has none where it would be no faster by it (`backend.reads_copies_faster`), or is quantised or adapted.
+    A group has none where it would be no faster by it (`backend.copies_pay`), or is quantised or adapted.
     Where weights have another dtype than the products, each group has a copy in the products'.
 
     Args:
@@ -49,12 +49,12 @@ class KernelCopies:
         self.groups, self.variables = groups, variables
         self._makers: dict[tuple, backend.Compiled] = {}
 
-    def make(self, rows: int) -> dict[int, tuple]:
-        """By number of its group, for steps of `rows` tokens: kernel (D, units of all), and bias if there is one."""
-        chosen = tuple(i for i, group in enumerate(self.groups) if _wants_copy(group, rows))
+    def make(self, rows: int, steps: int) -> dict[int, tuple]:
+        """By number of its group, for `steps` of `rows` tokens: kernel (D, units of all), and bias if there is one."""
+        chosen = tuple(i for i, group in enumerate(self.groups) if _wants_copy(group, rows, steps))
         if chosen not in self._makers:
             self._makers[chosen] = backend.Compiled(
-                lambda: {i: _copy(self.groups[i], rows) for i in chosen}, self.variables
+                lambda: {i: _copy(self.groups[i], rows, steps) for i in chosen}, self.variables
             )
         return self._makers[chosen]()
 
@@ -68,20 +68,20 @@ class KernelCopies:
             _copies.reset(token)
 
 
-def _wants_copy(group, rows):
+def _wants_copy(group, rows, steps):
     plain = all(layer.quantization_mode is None and not getattr(layer, "lora_enabled", False) for layer in group)
-    return plain and (group[0].variable_dtype != group[0].compute_dtype or _is_faster(group, rows))
+    return plain and (group[0].variable_dtype != group[0].compute_dtype or _pays(group, rows, steps))
 
 
-def _is_faster(group, rows):
-    return backend.reads_copies_faster(rows, len(group), _is_head(group[0]), group[0].compute_dtype)
+def _pays(group, rows, steps):
+    return backend.copies_pay(rows, steps, len(group), _is_head(group[0]), group[0].compute_dtype)
 
 
-def _copy(group, rows):
+def _copy(group, rows, steps):
     dtype = group[0].compute_dtype
     if _is_head(group[0]):
         kernel = ops.transpose(ops.cast(group[0].embeddings, dtype))
-        return (backend.contiguous(kernel) if _is_faster(group, rows) else kernel,)
+        return (backend.contiguous(kernel) if _pays(group, rows, steps) else kernel,)
     parts = ([layer.kernel for layer in group], [layer.bias for layer in group if layer.use_bias])
     return tuple(ops.concatenate([ops.cast(x, dtype) for x in part], axis=-1) for part in parts if part)
 

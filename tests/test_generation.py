@@ -1,5 +1,7 @@
 """The token loop: the ids of Transformers' `generate`, alone and in batches; stops, beams, compilations."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,8 @@ import reference
 import torch
 
 import keras_llama
+from keras_llama import backend
+from keras_llama.projections import KernelCopies
 
 PROMPTS = [np.random.default_rng(n).integers(1, 61, n).tolist() for n in (3, 9, 14)]
 
@@ -139,6 +143,44 @@ def test_a_step_is_taken_down_once_for_its_shapes(make_backbone, monkeypatch):
     assert len(taken) == 1
     lm.generate([[1, 2], [3, 4]], 4)
     assert len(taken) == 2
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="the others always compile")
+@pytest.mark.parametrize("works", [pytest.param(True, marks=pytest.mark.slow), False])
+def test_a_step_by_torch_compile_gives_the_same_ids(make_backbone, monkeypatch, works):
+    lm = keras_llama.LlamaCausalLM(make_backbone())
+    expected = ours(lm, PROMPTS, 20)
+    lm.compile(jit_compile=True)
+    if works:
+        assert ours(lm, PROMPTS, 20) == expected
+        return
+
+    def fail(*_):
+        raise torch._dynamo.exc.TorchDynamoException("no compiler")
+
+    monkeypatch.setattr(torch, "compile", lambda listed, dynamic: fail)
+    with warnings.catch_warnings(record=True) as said:
+        assert ours(lm, PROMPTS, 20) == expected
+    assert any("goes on without it" in str(warning.message) for warning in said)
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_copies_of_kernels_give_the_same_ids(make_backbone, monkeypatch, policy, biased):
+    lm = keras_llama.LlamaCausalLM(make_backbone(dtype=policy, attention_bias=biased, mlp_bias=biased))
+    generator = np.random.default_rng(3)
+    for variable in lm.weights:  # biases start at 0
+        variable.assign(generator.normal(0, 0.5, variable.shape))
+    copied, made = [], KernelCopies.make
+    monkeypatch.setattr(KernelCopies, "make", lambda *args: copied.append(made(*args)) or copied[-1])
+    found = {}
+    for pays in (True, False):
+        monkeypatch.setattr(backend, "copies_pay", lambda *_, pays=pays: pays)
+        found[pays] = ours(lm, PROMPTS[:1], 20, stop=None)
+    assert found[True] == found[False]
+    # All groups: two of attention and two of SwiGLU in each block, and the head.
+    groups = 4 * lm.backbone.config.num_layers + 1
+    assert [len(copies) for copies in copied] == [groups, groups if policy == "mixed_bfloat16" else 0]
 
 
 @pytest.mark.parametrize("replaced", [False, True])

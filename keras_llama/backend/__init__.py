@@ -3,11 +3,11 @@
 from keras_llama.backend.arrays import assign, bucket, buckets, columns, contiguous, copy, mark, parts, write
 from keras_llama.backend.compiled import Compiled, CompiledLoop, compile_updates, flattened, repeat
 from keras_llama.backend.device import (
+    copies_pay,
     devices,
     fuses_attention,
     has_gpu,
     name,
-    reads_copies_faster,
     resolve_jit,
     set_memory_growth,
 )
@@ -23,6 +23,7 @@ __all__ = [
     "columns",
     "compile_updates",
     "contiguous",
+    "copies_pay",
     "copy",
     "devices",
     "flattened",
@@ -32,7 +33,6 @@ __all__ = [
     "mark",
     "name",
     "parts",
-    "reads_copies_faster",
     "remat",
     "repeat",
     "resolve_jit",

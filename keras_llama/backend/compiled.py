@@ -1,6 +1,7 @@
 """Functions of arrays and of a model's weights, compiled, and loops over them."""
 
 import functools
+import warnings
 from typing import Any
 
 import keras
@@ -55,12 +56,17 @@ class Compiled:
         return self._call(*args)
 
 
-def flattened(function, variables):
+def flattened(function, variables, by_compiler=lambda: False):
     """A function of arrays whose operations torch runs without the layers around them, which cost more than a step.
 
     They are listed once for each set of shapes, without gradients; nothing may depend on the values of the arrays. An
     argument that is only written to, as a cache is, is written to in place. On TensorFlow and JAX it is the function
     itself.
+
+    Args:
+        function: of arrays.
+        variables: the Keras variables that it reads.
+        by_compiler: whether `torch.compile` makes code of the list; if it cannot, a warning says so.
     """
     if name() != "torch":
         return function
@@ -73,24 +79,54 @@ def flattened(function, variables):
     def call(*args):
         shapes = [(x.shape, x.dtype, x.device) for x in keras.tree.flatten(args)]
         # A weight that is another array now, not one that was assigned to, is not on the list.
-        key = (*shapes, *(id(variable.value) for variable in variables))
+        key = (by_compiler(), *shapes, *(id(variable.value) for variable in variables))
         if key not in lists:
             lists[key] = make_fx(lambda *args: function(*args))(*args)  # it counts the `self` of a method
-            _write_in_place(lists[key])
+            _shorten(lists[key])
+            if key[0]:
+                lists[key] = _by_compiler(lists[key])
         return lists[key](*args)
 
     return call
 
 
-def _write_in_place(listed):
+def _shorten(listed):
+    """Leaves out what was computed before, as each layer does with columns and angles, and writes in place."""
     import torch
 
+    def changes(node):
+        return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+    known: dict[Any, Any] = {}
     for node in listed.graph.nodes:
-        if node.target == torch.ops.aten.index_copy.default:
+        if node.op != "call_function" or changes(node) or any(map(changes, node.users)):
+            continue
+        first = known.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        if first is not node:
+            node.replace_all_uses_with(first)
+            listed.graph.erase_node(node)
+        elif node.target == torch.ops.aten.index_copy.default:
             array = node.args[0]
             if array.op == "placeholder" and len(array.users) == 1:
                 node.target = torch.ops.aten.index_copy_.default
     listed.recompile()
+
+
+def _by_compiler(listed):
+    import torch
+
+    chosen = torch.compile(listed, dynamic=False)
+
+    def call(*args):
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            warnings.warn(f"torch.compile failed; decoding goes on without it. {error}", stacklevel=2)
+            chosen = listed
+            return chosen(*args)
+
+    return call
 
 
 class CompiledLoop:

@@ -115,7 +115,8 @@ class LanguageModel(Task):
         """The `TokenLoop` over a step of this model."""
         groups = [group for block in self.backbone.blocks for group in block.projections]
         groups.append((self._to_logits,))
-        return TokenLoop(step, self.backbone.config, self.weights, self.dtype_policy.compute_dtype, groups)
+        dtype = self.dtype_policy.compute_dtype
+        return TokenLoop(step, self.backbone.config, self.weights, dtype, groups, lambda: self.jit_choice is True)
 
     def generating(self, loop, text, context_length, **defaults):
         """What `serving` needs to generate: a function, its inputs after the texts, and their defaults.

@@ -30,6 +30,7 @@ class Task(Inputs, Files):
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.dtype_policy = backbone.dtype_policy
+        self.jit_choice = "auto"  # what `compile` was told
         if preprocessor is not None and preprocessor.tokenizer.files:
             self._check_vocabulary()
 
@@ -80,7 +81,7 @@ class Task(Inputs, Files):
             given and [named.get(m, m) if isinstance(m, str) else m for m in given]
             for given in (metrics, weighted_metrics)
         )
-        self._jit_choice = jit_compile
+        self.jit_choice = jit_compile
         super().compile(
             optimizer=optimizer,
             loss=loss,
@@ -111,7 +112,7 @@ class Task(Inputs, Files):
     def get_compile_config(self):
         """Keeps "auto" as it is: another backend may choose otherwise."""
         config = super().get_compile_config()
-        return {**config, "jit_compile": self._jit_choice} if config else config
+        return {**config, "jit_compile": self.jit_choice} if config else config
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
