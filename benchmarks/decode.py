@@ -4,7 +4,8 @@
                                 [--engines keras_llama/tensorflow keras_hub/tensorflow ...]
 
 SmolLM2-135M's shape with random weights, no stop tokens. Each engine has a process of its own, which waits while
-another runs; they take turns, several rounds, and medians count. llama.cpp has its file from this project. The limit
+another runs; they take turns, several rounds, and medians count. "-compile" is `compile(jit_compile=True)`, by which
+torch compiles a step. llama.cpp has its file from this project. The limit
 is the bytes of the weights, read once a token, over the memory bandwidth measured here by two threads.
 """
 
@@ -24,29 +25,33 @@ from collections.abc import Callable
 
 import numpy as np
 
-from benchmarks.engines import BACKENDS, CONTEXT, Engine, keras_hub_lm, keras_llama_lm, serve, transformers_lm
+from benchmarks.engines import BACKENDS, CONTEXT, SHAPE, Engine, keras_hub_lm, keras_llama_lm, serve, transformers_lm
 
 PARAMETERS = 134_515_008
+COMPILED = "-compile"
 ENGINES = (
     *(f"keras_llama/{backend}" for backend in BACKENDS),
+    f"keras_llama/torch{COMPILED}",
     *(f"keras_hub/{backend}" for backend in BACKENDS),
     "transformers/torch",
     "llama.cpp/",
 )
-SLOW = ("keras_hub/torch",)  # under 2 tokens a second: only when asked for
+SLOW = ("keras_hub/torch",)  # some 2 tokens a second: only when asked for
 
 
 def prompts(batch: int, length: int) -> np.ndarray:
     return np.random.default_rng(0).integers(3, 49_000, (batch, length)).astype("int32")
 
 
-def keras_llama_engine(dtype: str):
-    lm = keras_llama_lm(dtype)
+def keras_llama_engine(dtype: str, shape: dict = SHAPE, jit: bool = False):
+    lm = keras_llama_lm(dtype, shape)
+    if jit:
+        lm.compile(jit_compile=True)
     return lambda rows, new: lm.generate(rows, new, temperature=0.0, stop=None, batch_size=len(rows))
 
 
-def keras_hub_engine(dtype: str):
-    lm = keras_hub_lm(dtype)
+def keras_hub_engine(dtype: str, shape: dict = SHAPE):
+    lm = keras_hub_lm(dtype, shape)
     lm.compile(sampler="greedy")
 
     def generate(rows, new):
@@ -97,7 +102,8 @@ def child(engine: str, dtype: str) -> Callable[[int, int, int], float]:
         "transformers": transformers_engine,
         "llama.cpp": llama_cpp_engine,
     }
-    generate = makers[engine.split("/")[0]](dtype)
+    options = {"jit": True} if engine.endswith(COMPILED) else {}
+    generate = makers[engine.split("/")[0]](dtype, **options)
 
     def seconds(batch, length, new):
         rows = prompts(batch, length)
@@ -133,7 +139,8 @@ def write_gguf(path: str, dtype: str) -> None:
     subprocess.run([sys.executable, "-c", program], check=True, capture_output=True)
 
 
-def compare(engines: list[str], dtype: str, shapes: list[tuple[int, int]], new: int, rounds: int) -> None:
+def compare(engines: list[str], dtype: str, shapes: list[tuple[int, int]], new: int, rounds: int) -> list[dict]:
+    speeds: list[dict] = []
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         gguf = str(pathlib.Path(folder, "model.gguf"))
         if "llama.cpp/" in engines:
@@ -149,10 +156,32 @@ def compare(engines: list[str], dtype: str, shapes: list[tuple[int, int]], new: 
             for name in some:
                 speed = batch * new / statistics.median(times[name] for times in taken)
                 print(f"  {name:24}{speed:8.1f}  ({first[name]:.1f})", flush=True)
+                speeds.append({"engine": name, "dtype": dtype, "batch": batch, "prompt": length, "speed": speed})
             for ours in (name for name in some if name.startswith("keras_llama")):
                 for other in (name for name in some if not name.startswith("keras_llama")):
                     ratio = statistics.median(times[other] / times[ours] for times in taken)
                     print(f"  {ours} over {other}: {ratio:.2f}; first call {first[other] / first[ours]:.2f}")
+    return speeds
+
+
+def draw(path: str, speeds: list[dict], limits: dict[str, float]) -> None:
+    """Bars of the first batch and prompt in each dtype, against what memory allows."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    batch, prompt = speeds[0]["batch"], speeds[0]["prompt"]
+    figure, axes = pyplot.subplots(1, len(limits), figsize=(5 * len(limits), 3.2), squeeze=False, layout="constrained")
+    for axis, (dtype, limit) in zip(axes[0], limits.items(), strict=True):
+        shown = [s for s in speeds if (s["dtype"], s["batch"], s["prompt"]) == (dtype, batch, prompt)]
+        shown.sort(key=lambda s: s["speed"])
+        colors = ["#d62728" if s["engine"].startswith("keras_llama") else "#9aa5b1" for s in shown]
+        axis.barh([s["engine"].rstrip("/") for s in shown], [s["speed"] for s in shown], color=colors)
+        axis.axvline(limit * batch, color="black", linestyle="--", label="weights read once a token")
+        axis.set(xlabel="tokens/s", title=f"{dtype}, {batch} x {prompt} tokens")
+        axis.legend(loc="lower right", fontsize="small")
+    figure.savefig(path, metadata={"Date": None})
 
 
 def main() -> None:
@@ -163,15 +192,18 @@ def main() -> None:
     flags.add_argument("--prompts", nargs="+", type=int, default=[32, 512])
     flags.add_argument("--new", type=int, default=128)
     flags.add_argument("--rounds", type=int, default=5)
+    flags.add_argument("--picture", help="an .svg file to draw the first batch and prompt into")
     flags.add_argument("--child", choices=ENGINES, help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.child:
         return serve(lambda: child(args.child, args.dtypes[0]))
     speed = bandwidth()
-    print(f"memory {speed / 1e9:.0f} GB/s: at most {speed / PARAMETERS / 4:.0f} tokens/s in float32 at batch 1")
+    limits = {dtype: speed / PARAMETERS / (4 if dtype == "float32" else 2) for dtype in args.dtypes}
+    print(f"memory {speed / 1e9:.0f} GB/s: at batch 1 at most tokens/s", {d: round(x) for d, x in limits.items()})
     shapes = [(batch, length) for batch in args.batches for length in args.prompts]
-    for dtype in args.dtypes:
-        compare(args.engines, dtype, shapes, args.new, args.rounds)
+    speeds = [s for dtype in args.dtypes for s in compare(args.engines, dtype, shapes, args.new, args.rounds)]
+    if args.picture:
+        draw(args.picture, speeds, limits)
     return None
 
 

@@ -160,6 +160,7 @@ def test_a_step_by_torch_compile_gives_the_same_ids(make_backbone, monkeypatch, 
 
     monkeypatch.setattr(torch, "compile", lambda listed, dynamic: fail)
     with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
         assert ours(lm, PROMPTS, 20) == expected
     assert any("goes on without it" in str(warning.message) for warning in said)
 

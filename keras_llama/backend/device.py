@@ -27,6 +27,15 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def has_replicas() -> bool:
+    """Whether a TensorFlow strategy is in scope, which runs a step once for each of its replicas."""
+    if name() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return tf.distribute.has_strategy()
+
+
 def devices() -> list[str]:
     """The devices the running backend computes on, by name, as a recipe prints them."""
     if name() == "tensorflow":

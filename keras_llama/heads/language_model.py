@@ -9,6 +9,7 @@ import functools
 import keras
 from keras import ops
 
+from keras_llama.accumulation import weigh_steps, weighing
 from keras_llama.config import invalid
 from keras_llama.export.graph_loop import continued
 from keras_llama.export.saved_model import INTEGER, NUMBER
@@ -38,8 +39,10 @@ def _without_logits(step):
     @functools.wraps(step)
     def run(self, *args):
         token = _at_hidden.set(self.chunked)
+        weights = keras.utils.unpack_x_y_sample_weight(args[-1])[2]
         try:
-            return step(self, *args)
+            with weighing(None if weights is None else ops.sum(ops.cast(weights, "float32"))):
+                return step(self, *args)
         finally:
             _at_hidden.reset(token)
 
@@ -165,6 +168,8 @@ class LanguageModel(Task):
     def choose_step(self, metrics, weighted_metrics, loss_weights=None, **_):
         known = all(isinstance(metric, TokenMetric) for metric in weighted_metrics or ())
         self.chunked = isinstance(self.loss, TokenCrossentropy) and known and not metrics and loss_weights is None
+        if isinstance(self.loss, TokenCrossentropy):
+            weigh_steps(self.optimizer)
         for group in self._metric_groups() if self.chunked else ():
             # Keras builds them with the first logits, and there will be none.
             group.build(ops.zeros((1, 1)), ops.zeros((1, 1, 2)))
