@@ -98,12 +98,13 @@ class TokenLoop:
         sampling = (settings, stops, uniforms.astype("float32"))
         last = first + max_new_tokens
         state = self._start(tokens[:, :first], mask, seen, context, *sampling)
-        copies = self._kernels.make(len(prompts), backend.bucket(max_new_tokens))
-        shown, column = first, first + 1
+        copies, shown, column = None, first, first + 1
         while True:
             end = min(shown + (chunk or max_new_tokens), last)
-            state = self._advance(state, end - column, copies, context, *sampling)
-            column = int(state.column)
+            if end > column:  # the first token is there already, and waits for no copies and no compilation
+                copies = self._kernels.make(len(prompts), backend.bucket(max_new_tokens)) if copies is None else copies
+                state = self._advance(state, end - column, copies, context, *sampling)
+                column = int(state.column)
             written = ops.convert_to_numpy(state.tokens)[:, first:column]
             done = ops.convert_to_numpy(state.done)
             if finished is not None:
