@@ -5,8 +5,8 @@
 
 SmolLM2-135M's shape with random weights, no stop tokens. Each engine has a process of its own, which waits while
 another runs; they take turns, several rounds, and medians count. "-compile" is `compile(jit_compile=True)`, by which
-torch compiles a step. llama.cpp has its file from this project. The limit
-is the bytes of the weights, read once a token, over the memory bandwidth measured here by two threads.
+torch compiles a step. llama.cpp has its file from this project. The limit is the bytes of the weights, read once a
+token, over the memory bandwidth measured here by two threads.
 """
 
 import argparse
@@ -36,7 +36,7 @@ ENGINES = (
     "transformers/torch",
     "llama.cpp/",
 )
-SLOW = ("keras_hub/torch",)  # some 2 tokens a second: only when asked for
+SLOW = ("keras_hub/torch",)  # under 2 tokens a second: only when asked for
 
 
 def prompts(batch: int, length: int) -> np.ndarray:

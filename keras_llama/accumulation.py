@@ -27,8 +27,8 @@ def weigh_steps(optimizer: Any) -> None:
 
     Of gradients g and weights w of N steps that is sum(w g) / sum(w), where Keras takes sum(g) / N. So it is handed
     w g, which it adds up, and in the last step what is then missing to N times that mean. Weights are relative to the
-    group's first step, so that numbers stay near 1. With several replicas, and under mixed_float16, whose optimizer is
-    another one's inner, it stays Keras' own.
+    first of the group that is not 0, so that numbers stay near 1. With several replicas, and under mixed_float16, whose
+    optimizer is another one's inner, it stays Keras' own.
     """
     steps = optimizer.gradient_accumulation_steps
     if not steps or hasattr(optimizer, "weighs_steps") or backend.has_replicas():
@@ -47,9 +47,10 @@ def weigh_steps(optimizer: Any) -> None:
             optimizer.build(trainable_variables)
         place = ops.mod(ops.convert_to_tensor(optimizer._iterations), steps)
         first, last = ops.equal(place, 0), ops.equal(place, steps - 1)
-        unit.assign(ops.where(first, ops.maximum(weight, 1e-6), ops.convert_to_tensor(unit)))
+        counted = ops.where(first, 0.0, ops.convert_to_tensor(total))
+        unit.assign(ops.where(counted > 0, ops.convert_to_tensor(unit), ops.maximum(weight, 1e-6)))
         share = weight / ops.convert_to_tensor(unit)
-        total.assign(ops.where(first, share, ops.convert_to_tensor(total) + share))
+        total.assign(counted + share)
         mean = steps / ops.maximum(ops.convert_to_tensor(total), 1e-6)
 
         def handed(grad, sum_before):
@@ -57,9 +58,11 @@ def weigh_steps(optimizer: Any) -> None:
             before = ops.cast(ops.convert_to_tensor(sum_before), grad.dtype)
             return ops.where(last, (part + before) * ops.cast(mean, grad.dtype) - before, part)
 
-        # A variable without a gradient has none to weigh.
-        sums = optimizer._accumulated_gradients
-        grads = [g if g is None else handed(ops.convert_to_tensor(g), s) for g, s in zip(grads, sums, strict=True)]
+        # Some of the variables that it was built on may be frozen by now, and one without a gradient has none to weigh.
+        known, sums = optimizer._trainable_variables, optimizer._accumulated_gradients
+        sum_of = {id(variable): s for variable, s in zip(known, sums, strict=True)}
+        pairs = zip(grads, trainable_variables or known, strict=True)
+        grads = [g if g is None else handed(ops.convert_to_tensor(g), sum_of[id(variable)]) for g, variable in pairs]
         return apply(grads, trainable_variables)
 
     optimizer.apply, optimizer.weighs_steps = weighted, True

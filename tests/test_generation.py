@@ -11,6 +11,7 @@ import torch
 import keras_llama
 from keras_llama import backend
 from keras_llama.projections import KernelCopies
+from keras_llama.samplers import Settings
 
 PROMPTS = [np.random.default_rng(n).integers(1, 61, n).tolist() for n in (3, 9, 14)]
 
@@ -133,6 +134,18 @@ def test_no_setting_and_few_lengths_compile_anew(models):
     assert lm._loop.traces == traces
 
 
+def test_the_first_token_waits_for_no_step(make_backbone):
+    loop = keras_llama.LlamaCausalLM(make_backbone())._loop
+    steps, next_step = [], loop._next_step
+    loop._next_step = lambda *args: steps.append(1) or next_step(*args)
+    pieces = loop.generate(PROMPTS, 20, Settings(temperature=0.0).checked(), set(), range(3), chunk=1)
+    first, _ = next(pieces)
+    assert first.shape == (3, 1)
+    assert not steps
+    assert sum(piece.shape[1] for piece, _ in pieces) == 19
+    assert steps
+
+
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="the others compile")
 def test_a_step_is_taken_down_once_for_its_shapes(make_backbone, monkeypatch):
     taken, take = [], torch.fx.experimental.proxy_tensor.make_fx
@@ -163,6 +176,23 @@ def test_a_step_by_torch_compile_gives_the_same_ids(make_backbone, monkeypatch, 
         warnings.simplefilter("always")
         assert ours(lm, PROMPTS, 20) == expected
     assert any("goes on without it" in str(warning.message) for warning in said)
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="the others have no list")
+def test_a_list_of_operations_shares_and_overwrites_only_what_it_may():
+    def function(x, cache, new):
+        one, same = x + 1, x + 1
+        changed = (x + 1).add_(5)
+        return one + same, changed, backend.write(cache, new, 1), backend.write(x, new, 0)
+
+    x, cache, new = torch.ones(2, 3), torch.zeros(2, 3), torch.full((2, 1), 9.0)
+    doubled, changed, written, copied = backend.flattened(function, [])(x, cache, new)
+    assert (doubled == 4).all()
+    assert (changed == 7).all()
+    assert written.data_ptr() == cache.data_ptr()
+    assert cache.tolist() == [[0, 9, 0]] * 2
+    assert copied.tolist() == [[9, 1, 1]] * 2
+    assert (x == 1).all()
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16"])

@@ -68,7 +68,7 @@ def set_memory_growth() -> None:
 
 
 def fuses_attention() -> bool:
-    """Whether Keras' attention is a fused kernel; elsewhere it is plain products, with keys for each query head."""
+    """Whether Keras' attention is a fused kernel; else it is plain products, which repeat keys for each query head."""
     return name() == "torch" or (name() == "jax" and has_gpu())
 
 
