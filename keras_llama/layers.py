@@ -282,10 +282,13 @@ class LlamaMLP(keras.layers.Layer):
         self.down.build((*x_shape[:-1], self.intermediate_dim))
         self.built = True
 
-    def call(self, x):
+    def call(self, x, training=None):
+        def gated(gate, up):
+            return project(backend.silu(gate) * up, self.down)[0]
+
         x = ops.cast(x, self.compute_dtype)
         gate, up = project(x, self.gate, self.up)
-        return project(backend.silu(gate) * up, self.down)[0]
+        return (backend.remat_cheap(gated, self.down.trainable_variables) if training else gated)(gate, up)
 
     @property
     def projections(self):
@@ -367,14 +370,18 @@ class LlamaBlock(keras.layers.Layer):
     def call(self, x, cos, sin, mask, cache=None, index=0, memory=None, memory_mask=None, training=None):
         x = ops.cast(x, self.compute_dtype)
 
+        def normed(norm, x):
+            return (backend.remat_cheap(norm, norm.trainable_variables) if training else norm)(x)
+
         def attended(x, cos, sin, mask):
-            return self.attention(self.attention_norm(x), cos, sin, mask, cache=cache, index=index, training=training)
+            x = normed(self.attention_norm, x)
+            return self.attention(x, cos, sin, mask, cache=cache, index=index, training=training)
 
         def crossed(x, memory, memory_mask):
-            return self.cross_attention(self.cross_attention_norm(x), memory, memory_mask, training=training)
+            return self.cross_attention(normed(self.cross_attention_norm, x), memory, memory_mask, training=training)
 
         def mixed(x):
-            return self.mlp(self.mlp_norm(x))
+            return self.mlp(normed(self.mlp_norm, x), training=training)
 
         again = self.remat and training
         # Dropout draws random numbers, so that it stays outside of what is computed twice.

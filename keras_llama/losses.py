@@ -81,7 +81,8 @@ def linear_crossentropy(hidden, kernel, targets, weights, label_smoothing=0.0, t
     constant, multiplier = (ops.stop_gradient(array) for array in arrays)
     loss, scores, gradients = _in_chunks(constant, multiplier, targets, weights, label_smoothing, training)
     loss /= total
-    for array, gradient in zip(arrays, gradients, strict=training):
+    parts = (arrays[0], *ops.split(arrays[1], _parts(kernel.shape[0]))) if training else ()
+    for array, gradient in zip(parts, gradients, strict=True):
         # Adds nothing but a gradient; a custom gradient would do the same, but see `backend.silu`. As a product of
         # matrices, whose gradient is `gradient` times a number: one of a sum would first be spread over the vocabulary.
         product = ops.matmul(ops.reshape(ops.cast(array, "float32"), (1, -1)), ops.reshape(gradient, (-1, 1)))
@@ -131,20 +132,30 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, training):
             if smoothing:
                 error += smoothing * (ops.one_hot(wanted, vocabulary, dtype="float32") - 1 / vocabulary)
             error = ops.cast(error * weight[:, None], some.dtype)
-            by_hidden, by_kernel = gradients
+            by_hidden, *by_kernel = gradients
             by_row = ops.cast(ops.matmul(error, multiplier), "float32")
-            by_kernel += ops.cast(ops.matmul(ops.transpose(error), some), "float32")
-            gradients = (backend.write(by_hidden, by_row[None], start), by_kernel)
+            errors = ops.split(error, _parts(vocabulary), axis=1)
+            by_kernel = (
+                old + ops.cast(ops.matmul(ops.transpose(part), some), "float32")
+                for old, part in zip(by_kernel, errors, strict=True)
+            )
+            gradients = (backend.write(by_hidden, by_row[None], start), *by_kernel)
         return (i + 1, loss, *scores, *gradients)
 
     nothing = ops.zeros(ops.shape(targets), "float32")
-    gradients = (ops.zeros(ops.shape(hidden), "float32"), ops.zeros(kernel.shape, "float32")) if training else ()
+    gradients = (hidden, *ops.split(kernel, _parts(vocabulary))) if training else ()
+    gradients = [ops.zeros(ops.shape(array), "float32") for array in gradients]
     first = (ops.zeros((), "int32"), ops.zeros((), "float32"), nothing, nothing, *gradients)
-    _, loss, *arrays = ops.while_loop(lambda i, *_: i < chunks, chunk, first)
+    _, loss, *arrays = backend.one_by_one(lambda i, *_: i < chunks, chunk, first)
     place = ops.argsort(order)
-    *arrays, by_kernel = arrays if training else (*arrays, None)
-    entropy, right, *by_hidden = (ops.take(x, place, axis=1) for x in arrays)
-    return loss, (entropy, right), (*by_hidden, by_kernel) if training else ()
+    by_token, by_kernel = (arrays[:3], arrays[3:]) if training else (arrays, ())
+    entropy, right, *by_hidden = (ops.take(x, place, axis=1) for x in by_token)
+    return loss, (entropy, right), (*by_hidden, *by_kernel)
+
+
+def _parts(vocabulary):
+    """Where the gradient by the kernel is cut: of what is added to a part no more is held than one part."""
+    return [vocabulary * i // 8 for i in range(1, 8)]
 
 
 def token_metrics():

@@ -1,7 +1,7 @@
 """The one place that asks which Keras backend runs, and the only one to import jax, tensorflow or torch."""
 
 from keras_llama.backend.arrays import assign, bucket, buckets, columns, contiguous, copy, mark, parts, write
-from keras_llama.backend.compiled import Compiled, CompiledLoop, compile_updates, flattened, repeat
+from keras_llama.backend.compiled import Compiled, CompiledLoop, compile_updates, flattened, one_by_one, repeat
 from keras_llama.backend.device import (
     copies_pay,
     devices,
@@ -12,7 +12,7 @@ from keras_llama.backend.device import (
     resolve_jit,
     set_memory_growth,
 )
-from keras_llama.backend.gradients import remat, silu, softmax_error
+from keras_llama.backend.gradients import remat, remat_cheap, silu, softmax_error
 from keras_llama.backend.streams import is_stream, stream
 
 __all__ = [
@@ -35,7 +35,9 @@ __all__ = [
     "mark",
     "name",
     "parts",
+    "one_by_one",
     "remat",
+    "remat_cheap",
     "repeat",
     "resolve_jit",
     "set_memory_growth",

@@ -174,6 +174,15 @@ def repeat(ended, step, state, count, *args):
     return kind(*keras.ops.while_loop(going_on, next_one, (keras.ops.zeros((), "int32"), *state))[1:])
 
 
+def one_by_one(going_on, turn, state):
+    """`keras.ops.while_loop` without the turns that TensorFlow takes ahead, each of which holds arrays of its own."""
+    if name() != "tensorflow":
+        return keras.ops.while_loop(going_on, turn, state)
+    import tensorflow as tf
+
+    return tf.while_loop(going_on, turn, state, parallel_iterations=1)
+
+
 def compile_updates(optimizer):
     """Has XLA compile an optimizer's update on TensorFlow, where a step is a graph without XLA; elsewhere as it is.
 

@@ -73,6 +73,19 @@ def remat(function, variables=()):
     return functools.partial(_remat_in_graph, function, variables)
 
 
+def remat_cheap(function, variables=()):
+    """`remat` of what takes next to no time to compute again: elementwise, and at most one product at its end.
+
+    A product's own result is not needed for its gradient, so it is not computed twice. Only for TensorFlow's graph, which
+    keeps the result of each operation; XLA makes one operation of them.
+    """
+    if name() != "tensorflow":
+        return function
+    import tensorflow as tf
+
+    return function if tf.executing_eagerly() else remat(function, variables)
+
+
 def _with_values(function, variables):
     """A function of arrays and a list of values that the variables then have."""
 
@@ -113,7 +126,9 @@ def _remat_in_graph(function, variables, *arrays):
     def backward(inputs, upstream):
         # A zero that hangs on the gradient: it holds the second computation back, and keeps it apart from the first.
         late = tf.reduce_sum(tf.reshape(upstream[0], [-1])[:1]) * 0
-        inputs = [x + tf.cast(late, x.dtype) if x.dtype.is_floating else x for x in inputs]
+        with tf.control_dependencies(upstream[:1]):  # enough for weights, and no copy of them
+            held_back = [tf.identity(x) for x in inputs[given:]]
+        inputs = [x + tf.cast(late, x.dtype) if x.dtype.is_floating else x for x in inputs[:given]] + held_back
         floats = [x for x in inputs if x.dtype.is_floating]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(floats)

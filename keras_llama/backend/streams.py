@@ -52,7 +52,11 @@ def stream(dataset: keras.utils.PyDataset) -> Any:
 
     # Not `from_generator`: with it every freed block of memory over 128 kB goes back to the system at once (TensorFlow
     # 2.21, generator_dataset_op.cc), for the rest of the process; a training step of 99 ms took 124.
-    streamed = tf.data.Dataset.range(size).map(tensors).prefetch(2)
+    options = tf.data.Options()
+    # There is nothing to tune here, and an iterator that ends may wait for the tuner (TensorFlow 2.21), who sleeps for
+    # 10 ms and then for twice as long each time: an epoch of 6 seconds took 10.2, that of a peer as well.
+    options.autotune.enabled = False
+    streamed = tf.data.Dataset.range(size).map(tensors).prefetch(2).with_options(options)
     streamed.source = dataset  # as long as there is somebody to read it
     return streamed
 
