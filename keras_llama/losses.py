@@ -1,5 +1,7 @@
 """Losses and metrics over real tokens. Shapes: B batch, T tokens, D hidden, V vocabulary, R rows of a chunk."""
 
+import itertools
+
 import keras
 from keras import ops
 
@@ -80,13 +82,9 @@ def linear_crossentropy(hidden, kernel, targets, weights, label_smoothing=0.0, t
     arrays = (ops.reshape(hidden, (*rows, shape[-1])), ops.convert_to_tensor(kernel))
     constant, multiplier = (ops.stop_gradient(array) for array in arrays)
     loss, scores, gradients = _in_chunks(constant, multiplier, targets, weights, label_smoothing, training)
+    if training:
+        loss = backend.with_gradients(loss, arrays, gradients)
     loss /= total
-    parts = (arrays[0], *ops.split(arrays[1], _parts(kernel.shape[0]))) if training else ()
-    for array, gradient in zip(parts, gradients, strict=True):
-        # Adds nothing but a gradient; a custom gradient would do the same, but see `backend.silu`. As a product of
-        # matrices, whose gradient is `gradient` times a number: one of a sum would first be spread over the vocabulary.
-        product = ops.matmul(ops.reshape(ops.cast(array, "float32"), (1, -1)), ops.reshape(gradient, (-1, 1)))
-        loss += ops.sum(product - ops.stop_gradient(product)) / total
     return loss, *(ops.reshape(score, shape[:2]) for score in scores)
 
 
@@ -101,10 +99,10 @@ def rows_of_chunk(vocabulary: int) -> int:
 
 def _in_chunks(hidden, kernel, targets, share, smoothing, training):
     """The loss summed (), (cross-entropy, right) of each token (1, T), and the gradients by `hidden` and `kernel`."""
-    length, vocabulary = ops.shape(targets)[1], kernel.shape[0]
-    parts = -(-length // rows_of_chunk(vocabulary))  # `length` is open in TensorFlow's graph
-    rows = -(-length // parts)
-    padding = parts * rows - length
+    length, (vocabulary, width) = ops.shape(targets)[1], kernel.shape
+    count = -(-length // rows_of_chunk(vocabulary))  # `length` is open in TensorFlow's graph
+    rows = -(-length // count)
+    padding = count * rows - length
     multiplier = ops.cast(kernel, hidden.dtype)
     # Tokens that count come first, and the loop ends behind them.
     counted = ops.not_equal(share[0], 0)
@@ -117,8 +115,8 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, training):
     hidden, targets, share = ordered(hidden), ordered(targets), ordered(share)
 
     def chunk(i, loss, entropies, rights, *gradients):
-        start = i * rows
-        some, wanted, weight = (backend.columns(x, start, rows)[0] for x in (hidden, targets, share))
+        place = i * rows
+        some, wanted, weight = (backend.columns(x, place, rows)[0] for x in (hidden, targets, share))
         logits = ops.cast(ops.matmul(some, ops.transpose(multiplier)), "float32")
         spread = 0.0
         if smoothing:
@@ -126,7 +124,7 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, training):
             spread = smoothing * (chosen - ops.mean(logits, axis=-1))
         entropy, error, hits = backend.softmax_error(logits, wanted)
         right = ops.cast(hits, "float32")
-        scores = (backend.write(x, new[None], start) for x, new in ((entropies, entropy), (rights, right)))
+        scores = (backend.write(x, new[None], place) for x, new in ((entropies, entropy), (rights, right)))
         loss += ops.sum(weight * (entropy + spread))
         if training:
             if smoothing:
@@ -134,28 +132,24 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, training):
             error = ops.cast(error * weight[:, None], some.dtype)
             by_hidden, *by_kernel = gradients
             by_row = ops.cast(ops.matmul(error, multiplier), "float32")
-            errors = ops.split(error, _parts(vocabulary), axis=1)
             by_kernel = (
-                old + ops.cast(ops.matmul(ops.transpose(part), some), "float32")
-                for old, part in zip(by_kernel, errors, strict=True)
+                old + ops.cast(ops.matmul(ops.transpose(error[:, start:end]), some), "float32")
+                for old, (start, end) in zip(by_kernel, parts, strict=True)
             )
-            gradients = (backend.write(by_hidden, by_row[None], start), *by_kernel)
+            gradients = (backend.write(by_hidden, by_row[None], place), *by_kernel)
         return (i + 1, loss, *scores, *gradients)
 
     nothing = ops.zeros(ops.shape(targets), "float32")
-    gradients = (hidden, *ops.split(kernel, _parts(vocabulary))) if training else ()
-    gradients = [ops.zeros(ops.shape(array), "float32") for array in gradients]
+    # The gradient by the kernel in parts: of what is added to one, no more than a part is held.
+    cuts = [vocabulary * i // 8 for i in range(9)]
+    parts = list(itertools.pairwise(cuts)) if training else []
+    shapes = [ops.shape(hidden), *((end - start, width) for start, end in parts)] if training else []
+    gradients = [ops.zeros(shape, "float32") for shape in shapes]
     first = (ops.zeros((), "int32"), ops.zeros((), "float32"), nothing, nothing, *gradients)
     _, loss, *arrays = backend.one_by_one(lambda i, *_: i < chunks, chunk, first)
     place = ops.argsort(order)
-    by_token, by_kernel = (arrays[:3], arrays[3:]) if training else (arrays, ())
-    entropy, right, *by_hidden = (ops.take(x, place, axis=1) for x in by_token)
-    return loss, (entropy, right), (*by_hidden, *by_kernel)
-
-
-def _parts(vocabulary):
-    """Where the gradient by the kernel is cut: of what is added to a part no more is held than one part."""
-    return [vocabulary * i // 8 for i in range(1, 8)]
+    entropy, right, *by_hidden = (ops.take(x, place, axis=1) for x in arrays[: len(arrays) - len(parts)])
+    return loss, (entropy, right), (*by_hidden, ops.concatenate(arrays[-len(parts) :])) if training else ()
 
 
 def token_metrics():

@@ -1,7 +1,15 @@
 """The one place that asks which Keras backend runs, and the only one to import jax, tensorflow or torch."""
 
 from keras_llama.backend.arrays import assign, bucket, buckets, columns, contiguous, copy, mark, parts, write
-from keras_llama.backend.compiled import Compiled, CompiledLoop, compile_updates, flattened, one_by_one, repeat
+from keras_llama.backend.compiled import (
+    Compiled,
+    CompiledLoop,
+    build_optimizer,
+    compile_updates,
+    flattened,
+    one_by_one,
+    repeat,
+)
 from keras_llama.backend.device import (
     copies_pay,
     devices,
@@ -12,7 +20,7 @@ from keras_llama.backend.device import (
     resolve_jit,
     set_memory_growth,
 )
-from keras_llama.backend.gradients import remat, remat_cheap, silu, softmax_error
+from keras_llama.backend.gradients import remat, remat_cheap, silu, softmax_error, with_gradients
 from keras_llama.backend.streams import is_stream, stream
 
 __all__ = [
@@ -20,6 +28,7 @@ __all__ = [
     "CompiledLoop",
     "assign",
     "bucket",
+    "build_optimizer",
     "buckets",
     "columns",
     "compile_updates",
@@ -34,8 +43,8 @@ __all__ = [
     "is_stream",
     "mark",
     "name",
-    "parts",
     "one_by_one",
+    "parts",
     "remat",
     "remat_cheap",
     "repeat",
@@ -44,5 +53,6 @@ __all__ = [
     "silu",
     "softmax_error",
     "stream",
+    "with_gradients",
     "write",
 ]

@@ -183,6 +183,14 @@ def one_by_one(going_on, turn, state):
     return tf.while_loop(going_on, turn, state, parallel_iterations=1)
 
 
+def build_optimizer(model):
+    """Makes an optimizer's state before the first step; TensorFlow would trace that twice, and keep both graphs."""
+    if name() != "tensorflow":
+        return
+    with model.distribute_strategy.scope():
+        model.optimizer.build(model.trainable_variables)
+
+
 def compile_updates(optimizer):
     """Has XLA compile an optimizer's update on TensorFlow, where a step is a graph without XLA; elsewhere as it is.
 

@@ -76,8 +76,8 @@ def remat(function, variables=()):
 def remat_cheap(function, variables=()):
     """`remat` of what takes next to no time to compute again: elementwise, and at most one product at its end.
 
-    A product's own result is not needed for its gradient, so it is not computed twice. Only for TensorFlow's graph, which
-    keeps the result of each operation; XLA makes one operation of them.
+    A product's own result is not needed for its gradient, so it is not computed twice. Only for TensorFlow's graph,
+    which keeps the result of each operation; XLA makes one operation of them.
     """
     if name() != "tensorflow":
         return function
@@ -115,13 +115,15 @@ def _remat_in_jax(function, variables, *arrays):
 
 
 def _remat_in_graph(function, variables, *arrays):
-    """`tf.recompute_grad` in a graph would keep the graph for good, as `silu` says; this hangs on the graph alone."""
     import tensorflow as tf
 
     given, on_values = len(tf.nest.flatten(arrays)), _with_values(function, variables)
+    structure = []
 
     def run(inputs):
-        return on_values(tf.nest.pack_sequence_as(arrays, inputs[:given]), inputs[given:])
+        outputs = on_values(tf.nest.pack_sequence_as(arrays, inputs[:given]), inputs[given:])
+        structure.append(outputs)
+        return tf.nest.flatten(outputs)
 
     def backward(inputs, upstream):
         # A zero that hangs on the gradient: it holds the second computation back, and keeps it apart from the first.
@@ -132,17 +134,50 @@ def _remat_in_graph(function, variables, *arrays):
         floats = [x for x in inputs if x.dtype.is_floating]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(floats)
-            outputs = tf.nest.flatten(run(inputs))
+            outputs = run(inputs)
         found = iter(tape.gradient(outputs, floats, output_gradients=upstream))
         return [next(found) if x.dtype.is_floating else None for x in inputs]
 
-    structure = []
+    values = [tf.convert_to_tensor(variable.value) for variable in variables]
+    flat = _in_graph(run, backward, [*tf.nest.flatten(arrays), *values])
+    return tf.nest.pack_sequence_as(structure[-1], flat)
+
+
+def with_gradients(value, arrays, gradients):
+    """`value` (), whose gradient by each of `arrays` is known: these, float32, times the one that comes from above."""
+    if name() == "tensorflow":
+        import tensorflow as tf
+
+        if not tf.executing_eagerly():
+            kinds = [x.dtype for x in arrays]
+
+            def backward(inputs, upstream):
+                known = inputs[-len(kinds) :]
+                found = [tf.cast(x * upstream[0], kind) for x, kind in zip(known, kinds, strict=True)]
+                return [None, *found, *[None] * len(kinds)]
+
+            return _in_graph(
+                lambda inputs: inputs[:1], backward, [value, *map(tf.convert_to_tensor, arrays), *gradients]
+            )[0]
+    for array, gradient in zip(arrays, gradients, strict=True):
+        # Adds nothing but a gradient. As a product of matrices, whose gradient is `gradient` times a number: one of a
+        # sum would first be spread over the vocabulary.
+        one, other = (keras.ops.reshape(x, s) for x, s in ((array, (1, -1)), (gradient, (-1, 1))))
+        product = keras.ops.matmul(keras.ops.cast(one, "float32"), other)
+        value += keras.ops.sum(product - keras.ops.stop_gradient(product))
+    return value
+
+
+def _in_graph(run, backward, inputs):
+    """`run(inputs)`, a list, whose gradient is `backward(inputs, upstream)`; a custom one, but see `silu`.
+
+    This gradient hangs on an operation of the graph, and goes with it.
+    """
+    import tensorflow as tf
 
     @tf.function(autograph=False)  # the gradient of a call asks the operations inside for theirs; a tape would not
     def call(*inputs):
-        outputs = run([tf.stop_gradient(x) for x in inputs])
-        flat = tf.nest.flatten(outputs)
-        structure.append(outputs)
+        flat = run([tf.stop_gradient(x) for x in inputs])
         _register_once()
         with tf.compat.v1.get_default_graph().gradient_override_map({"IdentityN": _OF_GRAPH}):
             passed = tf.identity_n([*flat, *inputs])
@@ -152,9 +187,7 @@ def _remat_in_graph(function, variables, *arrays):
         ]
         return passed[: len(flat)]
 
-    values = [tf.convert_to_tensor(variable.value) for variable in variables]
-    flat = call(*tf.nest.flatten(arrays), *values)
-    return tf.nest.pack_sequence_as(structure[-1], flat)
+    return call(*inputs)
 
 
 _OF_GRAPH = "KerasLlamaRemat"
