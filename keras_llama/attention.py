@@ -66,7 +66,10 @@ def attend(query, key, value, mask, training=False):
         recorded.append(weights(ops.cast(query, "float32"), ops.cast(key, "float32"), mask))
     # For a single query the kernels would first repeat all keys; grouped products read each once.
     if not backend.fuses_attention() or query.shape[1] == 1:
-        return (backend.remat(_plain) if training else _plain)(query, key, value, mask)
+        summed = (backend.remat(_plain) if training else _plain)(query, key, value, mask)
+        # Out here: the gradient of a `reshape` asks for the shape of what it was given, which would be computed again.
+        rows, length, heads, width = ops.shape(query)
+        return ops.transpose(ops.reshape(summed, (rows, heads, length, width)), (0, 2, 1, 3))
     if key.shape[1] == 1:  # Keras' torch kernel groups any number of key/value heads but one
         key, value = (ops.repeat(x, query.shape[2], axis=1) for x in (key, value))
     key, value = (ops.transpose(x, (0, 2, 1, 3)) for x in (key, value))
@@ -74,7 +77,12 @@ def attend(query, key, value, mask, training=False):
 
 
 def _plain(query, key, value, mask):
-    return ops.cast(_summed(weights(query, key, mask), value), query.dtype)
+    """Sums of values by the weights, (B, K, N/K * T, H)."""
+    shares = weights(query, key, mask)
+    rows, heads, length = ops.shape(shares)[:3]
+    groups = value.shape[1]
+    shares = ops.reshape(shares, (rows, groups, heads // groups * length, ops.shape(value)[2]))
+    return ops.cast(ops.matmul(ops.cast(shares, value.dtype), value), query.dtype)
 
 
 def weights(query, key, mask):
@@ -91,16 +99,8 @@ def weights(query, key, mask):
     scores = ops.reshape(scores, (rows, heads, length, ops.shape(key)[2]))
     if scores.shape[-1] == 1:
         return ops.ones_like(scores)  # Keras warns of a softmax over one
-    return ops.softmax(ops.where(ops.expand_dims(mask, 1), scores, -1e30), axis=-1)
-
-
-def _summed(shares, value):
-    """Sums of values (B, K, S, H) by shares (B, N, T, S): (B, T, N, H) in the values' dtype."""
-    rows, heads, length = ops.shape(shares)[:3]
-    groups, width = value.shape[1], value.shape[3]
-    grouped = (rows, groups, heads // groups * length, ops.shape(value)[2])
-    summed = ops.matmul(ops.reshape(ops.cast(shares, value.dtype), grouped), value)
-    return ops.transpose(ops.reshape(summed, (rows, heads, length, width)), (0, 2, 1, 3))
+    # Added, not chosen by: the gradient then passes as it is.
+    return ops.softmax(scores + ops.expand_dims(ops.where(mask, 0.0, -1e30), 1), axis=-1)
 
 
 _recorded: contextvars.ContextVar[list | None] = contextvars.ContextVar("recorded", default=None)

@@ -126,11 +126,12 @@ def _remat_in_graph(function, variables, *arrays):
         return tf.nest.flatten(outputs)
 
     def backward(inputs, upstream):
-        # A zero that hangs on the gradient: it holds the second computation back, and keeps it apart from the first.
-        late = tf.reduce_sum(tf.reshape(upstream[0], [-1])[:1]) * 0
-        with tf.control_dependencies(upstream[:1]):  # enough for weights, and no copy of them
-            held_back = [tf.identity(x) for x in inputs[given:]]
-        inputs = [x + tf.cast(late, x.dtype) if x.dtype.is_floating else x for x in inputs[:given]] + held_back
+        # A zero that hangs on the gradient keeps the second computation apart from the first, for XLA, too; that all else
+        # waits for the gradient is enough, and no copy of it.
+        first, *rest = inputs
+        first += tf.cast(tf.reduce_sum(tf.reshape(upstream[0], [-1])[:1]) * 0, first.dtype)
+        with tf.control_dependencies(upstream[:1]):
+            inputs = [first, *map(tf.identity, rest)]
         floats = [x for x in inputs if x.dtype.is_floating]
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(floats)
