@@ -3,11 +3,15 @@
     python -m benchmarks.loss_memory [--vocabulary 128000] [--length 2048] [--backends tensorflow jax torch]
 
 SmolLM2-135M's blocks with `remat="block"`, one row of tokens, AdamW, float32. Each loss has a process of its own. It
-takes a step with a short row first; then memory is RssAnon, read every 2 ms, above its level before the step with the
-long row, less the bytes of the gradients.
+takes a step with a short row first; then memory is what the step with the long row takes above the level before it,
+less the bytes of the gradients. On JAX and torch that is RssAnon, read every 2 ms. TensorFlow gives no memory back to
+the system, so there it is the bytes that its allocator has handed out, by its profiler.
 """
 
 import argparse
+import contextlib
+import glob
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -30,23 +34,56 @@ def child(loss: str, vocabulary: int) -> Callable[[int], float]:
 
     def step(length):
         ids = np.random.default_rng(0).integers(3, vocabulary, (1, length)).astype("int32")
-        before = peak = anonymous()
-        done = threading.Event()
-
-        def watch():
-            nonlocal peak
-            while not done.wait(0.002):
-                peak = max(peak, anonymous())
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        lm.fit(ids, verbose=0)
-        done.set()
-        watcher.join()
+        with (tensorflow_peak if keras.backend.backend() == "tensorflow" else process_peak)() as above:
+            lm.fit(ids, verbose=0)
         gradients = sum(int(np.prod(v.shape)) for v in lm.trainable_variables) * 4
-        return (peak - before - gradients) / 2**30
+        return (above() - gradients) / 2**30
 
     return step
+
+
+@contextlib.contextmanager
+def process_peak():
+    """How far memory of the process rose inside above its level at first, in bytes, to be asked for afterwards."""
+    before = peak = anonymous()
+    done = threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.wait(0.002):
+            peak = max(peak, anonymous())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    yield lambda: peak - before
+    done.set()
+    watcher.join()
+
+
+@contextlib.contextmanager
+def tensorflow_peak():
+    """The same of what TensorFlow's allocator on the CPU has handed out."""
+    import tensorflow as tf
+    from tensorflow.tsl.profiler.protobuf.xplane_pb2 import XSpace
+
+    levels = []
+    with tempfile.TemporaryDirectory() as folder:
+        options = tf.profiler.experimental.ProfilerOptions(host_tracer_level=3, python_tracer_level=0)
+        with tf.profiler.experimental.Profile(folder, options):
+            yield lambda: max(levels) - levels[0]
+        (path,) = glob.glob(f"{folder}/**/*.xplane.pb", recursive=True)
+        with open(path, "rb") as file:
+            planes = XSpace.FromString(file.read()).planes
+    for plane in planes:
+        names = {key: value.name for key, value in plane.event_metadata.items()}
+        stats = {key: value.name for key, value in plane.stat_metadata.items()}
+        for line in plane.lines:
+            for event in line.events:
+                if names[event.metadata_id] in ("MemoryAllocation", "MemoryDeallocation"):
+                    found = {stats[stat.metadata_id]: stat for stat in event.stats}
+                    when = line.timestamp_ns * 1000 + event.offset_ps
+                    levels.append((when, found["bytes_allocated"].int64_value))
+    levels[:] = [level for _, level in sorted(levels)]
 
 
 def main() -> None:
