@@ -140,3 +140,26 @@ def test_the_gradient_of_a_scaled_loss_is_scaled(make_backbone, rng):
     )  # `compile` wraps the optimiser in one that scales
     for one, other in zip(scaled, plain, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=np.abs(other).max() / 20)
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="the others take one turn at a time")
+def test_one_chunk_is_held_at_a_time():
+    import tensorflow as tf
+
+    @tf.function
+    def loss(hidden, kernel, targets, weights):
+        return linear_crossentropy(hidden, kernel, targets, weights)[0]
+
+    arrays = (np.ones((1, 5, 3), "float32"), np.eye(4, 3, dtype="float32"), np.zeros((1, 5), "int32"), np.ones((1, 5)))
+    operations = loss.get_concrete_function(*map(ops.convert_to_tensor, arrays)).graph.get_operations()
+    (turns,) = [op.get_attr("parallel_iterations") for op in operations if op.type in ("While", "StatelessWhile")]
+    assert turns == 1
+
+
+def test_a_step_is_traced_once(make_backbone, rng, monkeypatch):
+    """TensorFlow would trace a step that makes the optimiser's state a second time, and keep both graphs."""
+    model, calls = keras_llama.LlamaCausalLM(make_backbone()), []
+    monkeypatch.setattr(losses.Perplexity, "add", lambda *args: calls.append(args))
+    model.compile("adam")
+    model.fit(batch(rng), batch_size=5, verbose=0)
+    assert len(calls) == (2 if keras.config.backend() == "jax" else 1)  # JAX finds the shapes first

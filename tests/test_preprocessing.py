@@ -181,3 +181,9 @@ def test_next_token_targets_stop_at_padding_and_segments():
     left, weights = next_token_targets(np.array([[0, 0, 5, 6]]), np.array([[0, 0, 1, 1]]), [2.0])
     assert weights.tolist() == [[0, 0, 2, 0]]
     assert left[weights > 0].tolist() == [6]
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="the others have no tf.data")
+def test_the_end_of_an_epoch_waits_for_no_tuner():
+    """That of tf.data sleeps for up to a minute, and an iterator that ends may wait for it."""
+    assert stream(batches(5)[0]).options().autotune.enabled is False

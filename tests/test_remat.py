@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import keras_llama
+from keras_llama import backend
 
 SIZES = {"num_layers": 2, "num_query_heads": 4, "num_key_value_heads": 2, "hidden_dim": 32, "intermediate_dim": 48}
 IDS = np.random.default_rng(0).integers(1, 60, (3, 9))
@@ -51,6 +52,20 @@ def test_gradients_are_the_same(make, jit_compile, options):
     for one, other in zip(by_again, by_kept, strict=True):
         assert np.abs(other).max() > 0
         np.testing.assert_allclose(one, other, rtol=0, atol=np.abs(other).max() / 20 if half else 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"), [(decoder, "float32"), (decoder, "mixed_bfloat16"), (encoder_decoder, "float32")]
+)
+def test_what_is_cheap_is_computed_again_without_a_trace(monkeypatch, make, dtype):
+    """TensorFlow's graph does so with norms and SwiGLU's product in any case."""
+    again, by_again = one_step(make, "auto", dtype=dtype)
+    monkeypatch.setattr(backend, "remat_cheap", lambda function, variables: function)
+    kept, by_kept = one_step(make, "auto", dtype=dtype)
+    half = dtype == "mixed_bfloat16"
+    assert again == pytest.approx(kept, rel=1e-3 if half else 1e-6)
+    for one, other in zip(by_again, by_kept, strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=np.abs(other).max() / 50 if half else 1e-6)
 
 
 def test_dropout_is_that_of_the_forward_pass():
