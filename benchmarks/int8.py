@@ -22,8 +22,8 @@ KERNELS = [(WIDTH, 960), (WIDTH, WIDTH), (WIDTH, 2 * INNER), (INNER, WIDTH)] * S
 KERNELS += [(WIDTH, SHAPE["vocabulary_size"])]
 
 
-def products(way: str, kernels: list[np.ndarray]) -> Callable:
-    """A function of rows by width -> the products of all kernels."""
+def products(way: str, kernels: list[np.ndarray]) -> tuple[Callable, list, list]:
+    """A function (rows by width, arrays) -> the products of all kernels; these arrays; the variables that it reads."""
     import keras
     from keras import ops
 
@@ -33,39 +33,40 @@ def products(way: str, kernels: list[np.ndarray]) -> Callable:
             layer.build((1, len(kernel)))
             layer.kernel.assign(kernel)
             layer.quantize("int8")
-        return lambda rows: [layer(rows[len(kernel)]) for layer, kernel in zip(layers, kernels, strict=True)]
+        named = [(len(kernel), layer) for kernel, layer in zip(kernels, layers, strict=True)]
+        variables = [variable for layer in layers for variable in layer.variables]
+        return lambda rows, _: [layer(rows[width]) for width, layer in named], [], variables
     if way == "int8":
         scales = [np.abs(kernel).max(axis=0) / 127 for kernel in kernels]
         whole = [np.round(kernel / scale).astype("int8") for kernel, scale in zip(kernels, scales, strict=True)]
-        pairs = [tuple(map(ops.convert_to_tensor, pair)) for pair in zip(whole, scales, strict=True)]
-        return lambda rows: [ops.matmul(rows[w.shape[0]], ops.cast(w, "float32")) * scale for w, scale in pairs]
+        pairs = list(zip(whole, scales, strict=True))
+        return (
+            lambda rows, pairs: [ops.matmul(rows[w.shape[0]], ops.cast(w, "float32")) * s for w, s in pairs],
+            pairs,
+            [],
+        )
     arrays = [ops.cast(ops.convert_to_tensor(kernel), way) for kernel in kernels]
-    return lambda rows: [ops.matmul(ops.cast(rows[array.shape[0]], way), array) for array in arrays]
+    return lambda rows, arrays: [ops.matmul(ops.cast(rows[a.shape[0]], way), a) for a in arrays], arrays, []
 
 
 def child(way: str) -> Callable[[int], tuple[float, float]]:
     """The median of so many turns, in ms, and the error of the head's product."""
     import keras
 
+    from keras_llama import backend
+
     random = np.random.default_rng(0)
     kernels = [random.normal(size=shape).astype("float32") for shape in KERNELS]
     rows = {width: random.normal(size=(1, width)).astype("float32") for width in (WIDTH, INNER)}
-    given = {width: keras.ops.convert_to_tensor(row) for width, row in rows.items()}
-    call = products(way, kernels)
-    if keras.config.backend() == "tensorflow":
-        import tensorflow as tf
-
-        call = tf.function(call, jit_compile=True)
-    elif keras.config.backend() == "jax":
-        import jax
-
-        call = jax.jit(call)
+    function, arrays, variables = products(way, kernels)
+    call = backend.Compiled(function, variables, jit_compile=True)
+    given = keras.tree.map_structure(keras.ops.convert_to_tensor, (rows, arrays))
 
     def run(turns):
         times = []
         for _ in range(turns + 1):
             started = time.perf_counter()
-            found = keras.ops.convert_to_numpy(keras.ops.cast(call(given)[-1], "float32"))
+            found = keras.ops.convert_to_numpy(keras.ops.cast(call(*given)[-1], "float32"))
             times.append(time.perf_counter() - started)
         exact = rows[WIDTH] @ kernels[-1]
         return statistics.median(times[1:]) * 1e3, float(np.abs(found - exact).max() / np.abs(exact).max())

@@ -132,10 +132,10 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, training):
             error = ops.cast(error * weight[:, None], some.dtype)
             by_hidden, *by_kernel = gradients
             by_row = ops.cast(ops.matmul(error, multiplier), "float32")
-            by_kernel = (
+            by_kernel = [
                 old + ops.cast(ops.matmul(ops.transpose(error[:, start:end]), some), "float32")
                 for old, (start, end) in zip(by_kernel, parts, strict=True)
-            )
+            ]
             gradients = (backend.write(by_hidden, by_row[None], place), *by_kernel)
         return (i + 1, loss, *scores, *gradients)
 
