@@ -63,7 +63,8 @@ def test_what_is_cheap_is_computed_again_without_a_trace(monkeypatch, make, dtyp
     monkeypatch.setattr(backend, "remat_cheap", lambda function, variables: function)
     kept, by_kept = one_step(make, "auto", dtype=dtype)
     half = dtype == "mixed_bfloat16"
-    assert again == pytest.approx(kept, rel=1e-3 if half else 1e-6)
+    # oneDNN's SwiGLU, which the graph uses where nobody else reads its sigmoid, rounds once and not twice.
+    assert again == pytest.approx(kept, rel=1e-2 if half else 1e-6)
     for one, other in zip(by_again, by_kept, strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=np.abs(other).max() / 50 if half else 1e-6)
 

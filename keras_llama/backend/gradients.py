@@ -126,8 +126,8 @@ def _remat_in_graph(function, variables, *arrays):
         return tf.nest.flatten(outputs)
 
     def backward(inputs, upstream):
-        # A zero that hangs on the gradient keeps the second computation apart from the first, for XLA, too. For the rest it is
-        # enough to wait for the gradient, which takes no copy.
+        # A zero that hangs on the gradient keeps the second computation apart from the first, for XLA, too. All else
+        # need only wait for the gradient, which takes no copy.
         first, *rest = inputs
         first += tf.cast(tf.reduce_sum(tf.reshape(upstream[0], [-1])[:1]) * 0, first.dtype)
         with tf.control_dependencies(upstream[:1]):
