@@ -1,4 +1,4 @@
-"""Would weight-only int8 make decoding faster? Products of one row by the kernels of a step, in three precisions.
+"""Would weight-only int8 make decoding faster? Products of one row by the kernels of a step, in four ways.
 
     python -m benchmarks.int8 [--backends tensorflow jax torch] [--rounds 20]
 

@@ -185,7 +185,7 @@ def one_by_one(going_on, turn, state):
 
 def build_optimizer(model):
     """Makes an optimizer's state before the first step; TensorFlow would trace that twice, and keep both graphs."""
-    if name() != "tensorflow":
+    if name() != "tensorflow" or not model.compiled or model.optimizer is None or model.optimizer.built:
         return
     with model.distribute_strategy.scope():
         model.optimizer.build(model.trainable_variables)

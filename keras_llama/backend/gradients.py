@@ -115,6 +115,7 @@ def _remat_in_jax(function, variables, *arrays):
 
 
 def _remat_in_graph(function, variables, *arrays):
+    """The first of the arrays holds floats."""
     import tensorflow as tf
 
     given, on_values = len(tf.nest.flatten(arrays)), _with_values(function, variables)
@@ -191,7 +192,7 @@ def _in_graph(run, backward, inputs):
     return call(*inputs)
 
 
-_OF_GRAPH = "KerasLlamaRemat"
+_OF_GRAPH = "KerasLlamaGradient"
 
 
 @functools.cache

@@ -166,8 +166,7 @@ class Task(Inputs, Files):
             validation_data = self._dataset(
                 x, y, sample_weight, batch_size, argument="validation_data", packing=packing
             )
-        if not self.optimizer.built:
-            backend.build_optimizer(self)
+        backend.build_optimizer(self)
         return super().fit(data, epochs=epochs, shuffle=False, validation_data=validation_data, **kwargs)
 
     def evaluate(self, x=None, y=None, batch_size=None, *, sample_weight=None, **kwargs):
