@@ -4,6 +4,7 @@ import dataclasses
 
 import keras
 
+from keras_llama.alike import BlockRunner
 from keras_llama.config import LlamaConfig, invalid
 from keras_llama.layers import LlamaBlock, LlamaPositions, embedding_initializer, register
 
@@ -65,10 +66,10 @@ class Stack:
         """Hidden states (B, T, D) and a (key, value) pair per block; `memory` is one for all blocks or one for each."""
         x = self.embedding_dropout(self.token_embedding(token_ids))
         cos, sin, mask = self.positions(token_ids, padding_mask, index=index)
-        pairs = []
+        run, pairs = BlockRunner() if cache is not None else keras.Layer.__call__, []
         for i, block in enumerate(self.blocks):
-            x, pair = block(
-                x, cos, sin, mask,
+            x, pair = run(
+                block, x, cos, sin, mask,
                 cache=None if cache is None else cache[i],
                 index=index,
                 memory=memory[i] if isinstance(memory, tuple) else memory,

@@ -34,6 +34,22 @@ def project(x, *layers):
     return tuple(layer(x, reverse=True) if _is_head(layer) else layer(x) for layer in layers)
 
 
+@contextlib.contextmanager
+def multiplying(groups: Sequence[tuple], copies: Sequence) -> Iterator[None]:
+    """Has `project` multiply with these copies, one or `None` for each group, instead of the groups' kernels."""
+    token = _copies.set({group[0]: copy for group, copy in zip(groups, copies, strict=True) if copy is not None})
+    try:
+        yield
+    finally:
+        _copies.reset(token)
+
+
+def copies_of(groups: Sequence[tuple]) -> list:
+    """What `project` multiplies with now: `multiplying`'s copies of these groups."""
+    copies = _copies.get() or {}
+    return [copies.get(group[0]) for group in groups]
+
+
 class KernelCopies:
     """Copies of kernels that steps of few tokens read faster: of the layers that share an input, one.
 
@@ -58,14 +74,9 @@ class KernelCopies:
             )
         return self._makers[chosen]()
 
-    @contextlib.contextmanager
-    def used(self, copies: dict[int, tuple]) -> Iterator[None]:
+    def used(self, copies: dict[int, tuple]) -> contextlib.AbstractContextManager:
         """Has `project` multiply with what `make` returned."""
-        token = _copies.set({self.groups[i][0]: copy for i, copy in copies.items()})
-        try:
-            yield
-        finally:
-            _copies.reset(token)
+        return multiplying(self.groups, [copies.get(i) for i in range(len(self.groups))])
 
 
 def _wants_copy(group, rows, steps):

@@ -7,8 +7,10 @@ from keras_llama.backend.compiled import (
     build_optimizer,
     compile_updates,
     flattened,
+    in_graph,
     one_by_one,
     repeat,
+    traced,
 )
 from keras_llama.backend.device import (
     copies_pay,
@@ -40,6 +42,7 @@ __all__ = [
     "fuses_attention",
     "has_gpu",
     "has_replicas",
+    "in_graph",
     "is_stream",
     "mark",
     "name",
@@ -53,6 +56,7 @@ __all__ = [
     "silu",
     "softmax_error",
     "stream",
+    "traced",
     "with_gradients",
     "write",
 ]

@@ -129,6 +129,26 @@ def _by_compiler(listed):
     return call
 
 
+def in_graph() -> bool:
+    """Whether this runs while TensorFlow traces a graph."""
+    if name() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.executing_eagerly()
+
+
+def traced(function):
+    """A function (values, *arrays) that TensorFlow traces once for each set of shapes, as one (variables, *arrays).
+
+    It is to be called inside of a graph, which then holds it once.
+    """
+    import tensorflow as tf
+
+    shared = tf.function(function, autograph=False)
+    return lambda variables, *args: shared([tf.convert_to_tensor(v.value) for v in variables], *args)
+
+
 class CompiledLoop:
     """At most `count` times `state = step(state, *args)`, until `ended(state)`, as one compiled loop.
 
