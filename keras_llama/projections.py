@@ -28,7 +28,7 @@ def project(x, *layers):
     copies = _copies.get() or {}
     if layers[0] in copies:
         kernel, *bias = copies[layers[0]]
-        product = sum(bias, ops.matmul(x, kernel))
+        product = sum(bias, backend.multiply(x, kernel))
         ends = list(itertools.accumulate(layer.units for layer in layers[:-1]))
         return tuple(ops.split(product, ends, axis=-1)) if ends else (product,)
     return tuple(layer(x, reverse=True) if _is_head(layer) else layer(x) for layer in layers)
@@ -67,10 +67,11 @@ class KernelCopies:
 
     def make(self, rows: int, steps: int) -> dict[int, tuple]:
         """By number of its group, for `steps` of `rows` tokens: kernel (D, units of all), and bias if there is one."""
-        chosen = tuple(i for i, group in enumerate(self.groups) if _wants_copy(group, rows, steps))
+        pays = [backend.copies_pay(rows, steps, len(group), group[0].compute_dtype) for group in self.groups]
+        chosen = tuple((i, pays[i]) for i, group in enumerate(self.groups) if _wants_copy(group, pays[i]))
         if chosen not in self._makers:
             self._makers[chosen] = backend.Compiled(
-                lambda: {i: _copy(self.groups[i], rows, steps) for i in chosen}, self.variables
+                lambda: {i: _copy(self.groups[i], pack) for i, pack in chosen}, self.variables
             )
         return self._makers[chosen]()
 
@@ -79,22 +80,23 @@ class KernelCopies:
         return multiplying(self.groups, [copies.get(i) for i in range(len(self.groups))])
 
 
-def _wants_copy(group, rows, steps):
+def _wants_copy(group, pays):
     plain = all(layer.quantization_mode is None and not getattr(layer, "lora_enabled", False) for layer in group)
-    return plain and (group[0].variable_dtype != group[0].compute_dtype or _pays(group, rows, steps))
+    return plain and (pays or group[0].variable_dtype != group[0].compute_dtype)
 
 
-def _pays(group, rows, steps):
-    return backend.copies_pay(rows, steps, len(group), _is_head(group[0]), group[0].compute_dtype)
-
-
-def _copy(group, rows, steps):
-    dtype = group[0].compute_dtype
+def _copy(group, pack):
     if _is_head(group[0]):
-        kernel = ops.transpose(ops.cast(group[0].embeddings, dtype))
-        return (backend.contiguous(kernel) if _pays(group, rows, steps) else kernel,)
-    parts = ([layer.kernel for layer in group], [layer.bias for layer in group if layer.use_bias])
-    return tuple(ops.concatenate([ops.cast(x, dtype) for x in part], axis=-1) for part in parts if part)
+        kernels, biases = [ops.transpose(group[0].embeddings)], []
+    else:
+        kernels, biases = [layer.kernel for layer in group], [layer.bias for layer in group if layer.use_bias]
+    kernel, *bias = (_joined(part, group[0].compute_dtype) for part in (kernels, biases) if part)
+    return backend.packed(kernel) if pack else kernel, *bias
+
+
+def _joined(parts, dtype):
+    parts = [ops.cast(x, dtype) for x in parts]
+    return ops.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
 
 
 def _is_head(layer):

@@ -1,6 +1,6 @@
 """The one place that asks which Keras backend runs, and the only one to import jax, tensorflow or torch."""
 
-from keras_llama.backend.arrays import assign, bucket, buckets, columns, contiguous, copy, mark, parts, write
+from keras_llama.backend.arrays import assign, bucket, buckets, columns, copy, mark, parts, write
 from keras_llama.backend.compiled import (
     Compiled,
     CompiledLoop,
@@ -13,7 +13,6 @@ from keras_llama.backend.compiled import (
     traced,
 )
 from keras_llama.backend.device import (
-    copies_pay,
     devices,
     fuses_attention,
     has_gpu,
@@ -23,6 +22,7 @@ from keras_llama.backend.device import (
     set_memory_growth,
 )
 from keras_llama.backend.gradients import remat, remat_cheap, silu, softmax_error, with_gradients
+from keras_llama.backend.packing import copies_pay, multiply, packed
 from keras_llama.backend.streams import is_stream, stream
 
 __all__ = [
@@ -34,7 +34,6 @@ __all__ = [
     "build_optimizer",
     "columns",
     "compile_updates",
-    "contiguous",
     "copies_pay",
     "copy",
     "devices",
@@ -45,8 +44,10 @@ __all__ = [
     "in_graph",
     "is_stream",
     "mark",
+    "multiply",
     "name",
     "one_by_one",
+    "packed",
     "parts",
     "remat",
     "remat_cheap",

@@ -63,11 +63,6 @@ def mark(array: Any, places: Any) -> Any:
     return keras.ops.scatter_update(array, index, keras.ops.ones_like(places, "bool"))
 
 
-def contiguous(array: Any) -> Any:
-    """The array with its rows one after another in memory; torch's `transpose` moves nothing."""
-    return array.contiguous() if name() == "torch" else array
-
-
 def columns(array: Any, start: Any, count: Any) -> Any:
     """`count` columns of an array (B, S, ...) from `start` on, which may be a tensor: (B, count, ...)."""
     if name() != "torch":

@@ -72,19 +72,6 @@ def fuses_attention() -> bool:
     return name() == "torch" or (name() == "jax" and has_gpu())
 
 
-def copies_pay(rows: int, steps: int, kernels: int, tied: bool, dtype: str) -> bool:
-    """Whether decoding gains by a copy of `kernels` kernels as one, or of a tied head as (D, V), made for this call.
-
-    As measured on a CPU (benchmarks/RESULTS.md): for up to four rows on TensorFlow and, in float32, on torch. A copy
-    takes the time that it saves in some ten steps, torch's of a head in forty.
-    """
-    if rows > 4 or steps <= 16 or has_gpu():
-        return False
-    if name() == "torch" and dtype == "float32":
-        return kernels > 1 or (tied and steps > 64)
-    return kernels > 1 and name() == "tensorflow"
-
-
 def resolve_jit(jit_compile: bool | str) -> bool:
     """What `jit_compile="auto"` means: XLA on TensorFlow with a GPU, always on JAX, never on torch.
 
