@@ -4,11 +4,11 @@
                                [--engines keras_llama/tensorflow keras_hub/tensorflow-graph ...]
 
 SmolLM2-135M's shape with random weights, AdamW, token cross-entropy on random ids. The engines take turns, several
-rounds, each in a new process (together they would not fit into memory): one step to compile, then two that count;
-medians over the rounds. "-graph" is Keras' `jit_compile=False`, "-xla" is True, "-remat" is `remat="block"`; without
-them it is the engine's own choice. Memory is the peak of resident pages of the whole process. The limit is
-6 x parameters x tokens (forward and backward, attention left out) over the rate of a large matrix product by torch,
-measured here.
+rounds, each in a new process (together they would not fit into memory): a step to compile and two to warm up, then
+two that count; medians over the rounds. "-graph" is Keras' `jit_compile=False`, "-xla" is True, "-remat" is
+`remat="block"`; without them it is the engine's own choice. Memory is the peak of resident pages of the whole
+process. The limit is 6 x parameters x tokens (forward and backward, attention left out) over the rate of a large
+matrix product by torch, measured here.
 """
 
 import argparse
@@ -125,6 +125,7 @@ def compare(engines: list[str], dtype: str, batch: int, length: int, rounds: int
         for name in engines:
             engine = Engine("benchmarks.train", name, "--dtypes", dtype, "--shapes", f"{batch}x{length}")
             first = engine.ask(1)[0]
+            engine.ask(STEPS)  # Keras' second `fit` is slower than those after it
             times[name] = (*engine.ask(STEPS), first)
             engine.close()
             print(f"    {name}: {STEPS * batch * length / times[name][0]:.0f} tokens/s", flush=True)

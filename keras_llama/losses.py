@@ -50,7 +50,7 @@ class TokenCrossentropy(keras.losses.Loss):
         return {"label_smoothing": self.label_smoothing, "name": self.name}
 
 
-def linear_crossentropy(hidden, kernel, targets, weights, label_smoothing=0.0, training=True):
+def linear_crossentropy(hidden, kernel, targets, weights, label_smoothing=0.0, training=True, frozen=False):
     """`TokenCrossentropy` of the logits hidden kernel^T, which works its gradient out in the same pass.
 
     It goes over the tokens in chunks: neither logits nor their gradient are ever held as a whole, and tokens of
@@ -63,6 +63,7 @@ def linear_crossentropy(hidden, kernel, targets, weights, label_smoothing=0.0, t
         weights: float32 (B, T).
         label_smoothing: as in `TokenCrossentropy`.
         training: whether a gradient is wanted.
+        frozen: whether none is wanted by `kernel`, whose gradient is the largest array of all.
 
     Returns:
         The loss (), and of each token its cross-entropy without smoothing and whether its target has the highest
@@ -81,9 +82,10 @@ def linear_crossentropy(hidden, kernel, targets, weights, label_smoothing=0.0, t
     total = ops.maximum(ops.sum(weights), keras.config.epsilon())
     arrays = (ops.reshape(hidden, (*rows, shape[-1])), ops.convert_to_tensor(kernel))
     constant, multiplier = (ops.stop_gradient(array) for array in arrays)
-    loss, scores, gradients = _in_chunks(constant, multiplier, targets, weights, label_smoothing, training)
+    wanted = (1 if frozen else 2) if training else 0
+    loss, scores, gradients = _in_chunks(constant, multiplier, targets, weights, label_smoothing, wanted)
     if training:
-        loss = backend.with_gradients(loss, arrays, gradients)
+        loss = backend.with_gradients(loss, arrays[:wanted], gradients)
     loss /= total
     return loss, *(ops.reshape(score, shape[:2]) for score in scores)
 
@@ -97,8 +99,8 @@ def rows_of_chunk(vocabulary: int) -> int:
     return max(128, 2**24 // vocabulary)
 
 
-def _in_chunks(hidden, kernel, targets, share, smoothing, training):
-    """The loss summed (), (cross-entropy, right) of each token (1, T), and the gradients by `hidden` and `kernel`."""
+def _in_chunks(hidden, kernel, targets, share, smoothing, wanted):
+    """The loss summed (), (cross-entropy, right) of each token (1, T), and the first `wanted` of the two gradients."""
     length, (vocabulary, width) = ops.shape(targets)[1], kernel.shape
     count = -(-length // rows_of_chunk(vocabulary))  # `length` is open in TensorFlow's graph
     rows = -(-length // count)
@@ -116,19 +118,19 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, training):
 
     def chunk(i, loss, entropies, rights, *gradients):
         place = i * rows
-        some, wanted, weight = (backend.columns(x, place, rows)[0] for x in (hidden, targets, share))
+        some, target, weight = (backend.columns(x, place, rows)[0] for x in (hidden, targets, share))
         logits = ops.cast(ops.matmul(some, ops.transpose(multiplier)), "float32")
         spread = 0.0
         if smoothing:
-            chosen = ops.squeeze(ops.take_along_axis(logits, wanted[:, None], axis=-1), -1)
+            chosen = ops.squeeze(ops.take_along_axis(logits, target[:, None], axis=-1), -1)
             spread = smoothing * (chosen - ops.mean(logits, axis=-1))
-        entropy, error, hits = backend.softmax_error(logits, wanted)
+        entropy, error, hits = backend.softmax_error(logits, target)
         right = ops.cast(hits, "float32")
         scores = (backend.write(x, new[None], place) for x, new in ((entropies, entropy), (rights, right)))
         loss += ops.sum(weight * (entropy + spread))
-        if training:
+        if wanted:
             if smoothing:
-                error += smoothing * (ops.one_hot(wanted, vocabulary, dtype="float32") - 1 / vocabulary)
+                error += smoothing * (ops.one_hot(target, vocabulary, dtype="float32") - 1 / vocabulary)
             error = ops.cast(error * weight[:, None], some.dtype)
             by_hidden, *by_kernel = gradients
             by_row = ops.cast(ops.matmul(error, multiplier), "float32")
@@ -142,14 +144,15 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, training):
     nothing = ops.zeros(ops.shape(targets), "float32")
     # The gradient by the kernel in parts: of what is added to one, no more than a part is held.
     cuts = [vocabulary * i // 8 for i in range(9)]
-    parts = list(itertools.pairwise(cuts)) if training else []
-    shapes = [ops.shape(hidden), *((end - start, width) for start, end in parts)] if training else []
+    parts = list(itertools.pairwise(cuts)) if wanted > 1 else []
+    shapes = [ops.shape(hidden)][:wanted] + [(end - start, width) for start, end in parts]
     gradients = [ops.zeros(shape, "float32") for shape in shapes]
     first = (ops.zeros((), "int32"), ops.zeros((), "float32"), nothing, nothing, *gradients)
     _, loss, *arrays = backend.one_by_one(lambda i, *_: i < chunks, chunk, first)
     place = ops.argsort(order)
     entropy, right, *by_hidden = (ops.take(x, place, axis=1) for x in arrays[: len(arrays) - len(parts)])
-    return loss, (entropy, right), (*by_hidden, ops.concatenate(arrays[-len(parts) :])) if training else ()
+    by_kernel = [ops.concatenate(arrays[-len(parts) :])] if parts else []
+    return loss, (entropy, right), (*by_hidden, *by_kernel)
 
 
 def token_metrics():

@@ -49,6 +49,27 @@ def test_it_is_the_dense_loss_with_its_gradients(make_backbone, rng, monkeypatch
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_of_a_frozen_head_no_gradient_is_computed(make_backbone, rng, monkeypatch, tied):
+    computed, given = [], losses.backend.with_gradients
+    spied = lambda loss, arrays, gradients: computed.append(len(gradients)) or given(loss, arrays, gradients)  # noqa: E731
+    monkeypatch.setattr(losses.backend, "with_gradients", spied)
+    moved = {}
+    for dense in (False, True):
+        keras.utils.set_random_seed(0)
+        lm = keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=tied))
+        (lm.backbone.token_embedding if tied else lm.get_layer("lm_head")).trainable = False
+        start = [ops.convert_to_numpy(v) for v in lm.weights]
+        lm.compile(keras.optimizers.SGD(1.0))
+        lm.chunked = not dense
+        lm.fit(batch(np.random.default_rng(4)), batch_size=64, verbose=0)
+        moved[dense] = [ops.convert_to_numpy(v) - old for v, old in zip(lm.weights, start, strict=True)]
+    assert set(computed) == {1}
+    for one, other in zip(moved[False], moved[True], strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
+    assert sum(not array.any() for array in moved[False]) == 1  # the head's
+
+
 def test_in_bfloat16_the_products_are_rounded_and_the_loss_is_not(make_backbone, rng):
     inputs = batch(rng)
     found, expected = (step(make_backbone, inputs, dense, dtype="mixed_bfloat16") for dense in (False, True))

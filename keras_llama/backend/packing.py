@@ -1,4 +1,8 @@
-"""Kernels laid out for products with few rows: torch's oneDNN reads its own layout up to twice as fast."""
+"""Kernels as products with few rows read them fastest on a CPU.
+
+torch's oneDNN has a layout of its own, read up to twice as fast. XLA widens bfloat16 kernels to float32 before it
+multiplies, all of them in each call, which takes as long as ten steps.
+"""
 
 import functools
 
@@ -10,20 +14,21 @@ from keras_llama.backend.device import has_gpu, name
 def copies_pay(rows: int, steps: int, kernels: int, dtype: str) -> bool:
     """Whether `steps` steps of decoding gain by a copy of `kernels` kernels as one, `packed`, made for this call.
 
-    As measured on a CPU (benchmarks/RESULTS.md): on TensorFlow for up to four rows, the kernels being several; a copy
-    takes the time that it saves in some ten steps. On torch where it packs them, which takes some thirty.
+    As measured on a CPU (benchmarks/RESULTS.md): what torch packs takes as long as it saves in some thirty steps; what
+    XLA widens it would widen again and again. Else on TensorFlow for up to four rows, the kernels being several; a
+    copy takes the time that it saves in some ten steps.
     """
     if has_gpu():
         return False
-    if name() == "tensorflow":
-        return kernels > 1 and rows <= 4 and steps > 16
-    return packs(dtype) and steps > 32
+    if packs(dtype):
+        return name() != "torch" or steps > 32
+    return name() == "tensorflow" and kernels > 1 and rows <= 4 and steps > 16
 
 
 def packs(dtype: str) -> bool:
-    """Whether `packed` makes another layout of a kernel, on a CPU."""
+    """Whether `packed` makes another array of a kernel, on a CPU."""
     if name() != "torch":
-        return False
+        return dtype in ("bfloat16", "float16")
     import torch
 
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
@@ -35,14 +40,18 @@ def packed(kernel):
     """A copy of a kernel (D, units) for `multiply`, where `packs`; else the kernel itself."""
     if not packs(keras.backend.standardize_dtype(kernel.dtype)):
         return kernel
+    if name() != "torch":
+        return keras.ops.cast(kernel, "float32")
     import torch
 
     return torch.ops.mkldnn._reorder_linear_weight(kernel.t(), 1)
 
 
 def multiply(x, kernel):
-    """x (..., D) times a kernel (D, units), or what `packed` made of it: (..., units)."""
-    return _library()[1](x, kernel) if getattr(kernel, "is_mkldnn", False) else keras.ops.matmul(x, kernel)
+    """x (..., D) times a kernel (D, units), or what `packed` made of it: (..., units), in the dtype of x."""
+    if getattr(kernel, "is_mkldnn", False):
+        return _library()[1](x, kernel)
+    return keras.ops.cast(keras.ops.matmul(keras.ops.cast(x, kernel.dtype), kernel), x.dtype)
 
 
 @functools.cache

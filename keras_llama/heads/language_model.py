@@ -187,7 +187,8 @@ class LanguageModel(Task):
             return super().compute_loss(x, y, y_pred, sample_weight, training)
         weights = ops.ones_like(y, "float32") if sample_weight is None else sample_weight
         smoothing = self.loss.label_smoothing
-        loss, entropy, right = linear_crossentropy(y_pred, self._head_kernel(), y, weights, smoothing, training)
+        options = {"training": training, "frozen": not self._to_logits.trainable_variables}
+        loss, entropy, right = linear_crossentropy(y_pred, self._head_kernel(), y, weights, smoothing, **options)
         for group in self._metric_groups():
             for metric in group.metrics:
                 metric.add(entropy, right, weights)
