@@ -9,7 +9,7 @@ from keras_llama.layers import LlamaBlock
 
 
 def make(make_backbone, changed):
-    """Four blocks with random weights; the changed one has a quantised, one an adapted and one a scaled layer."""
+    """Four blocks with random weights; if changed, one is quantised in part and two are adapted, by unlike factors."""
     backbone = make_backbone(num_layers=4)
     generator = np.random.default_rng(5)
     for variable in backbone.weights:

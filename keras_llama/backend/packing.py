@@ -56,9 +56,9 @@ def multiply(x, kernel):
 
 @functools.cache
 def _library():
-    """oneDNN's product as an operation of our own, and its library, with which it would go.
+    """The library of our operations, kept because they end with it, and oneDNN's product as one of them.
 
-    `torch.compile` takes torch's for constant kernels only.
+    `torch.compile` takes torch's own operation for constant kernels only.
     """
     import torch
 
