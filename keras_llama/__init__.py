@@ -10,6 +10,7 @@ from keras_llama.checkpoints.presets import save_checkpoint
 from keras_llama.config import LlamaConfig, LlamaSeq2SeqConfig, size
 from keras_llama.factory import create_llama_model
 from keras_llama.heads.causal_lm import LlamaCausalLM
+from keras_llama.heads.ensemble import LlamaClassifierEnsemble
 from keras_llama.heads.seq2seq_lm import LlamaSeq2SeqLM
 from keras_llama.heads.text_classifier import LlamaTextClassifier
 from keras_llama.layers import (
@@ -34,6 +35,7 @@ __all__ = [
     "LlamaBackbone",
     "LlamaBlock",
     "LlamaCausalLM",
+    "LlamaClassifierEnsemble",
     "LlamaConfig",
     "LlamaCrossAttention",
     "LlamaMLP",

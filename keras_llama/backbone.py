@@ -7,6 +7,7 @@ import keras
 from keras_llama.alike import BlockRunner
 from keras_llama.config import LlamaConfig, invalid
 from keras_llama.layers import LlamaBlock, LlamaPositions, embedding_initializer, register
+from keras_llama.ngrams import NgramEmbedding
 
 
 class Stack:
@@ -32,6 +33,10 @@ class Stack:
             dtype=dtype,
             name=f"{prefix}token_embedding",
         )
+        self.ngram_embedding = None
+        if config.ngram_buckets:
+            options = {"buckets": config.ngram_buckets, "width": config.hidden_dim, "dtype": dtype}
+            self.ngram_embedding = NgramEmbedding(name=f"{prefix}ngram_embedding", **options)
         self.embedding_dropout = keras.layers.Dropout(config.dropout, dtype=dtype, name=f"{prefix}embedding_dropout")
         self.positions = LlamaPositions(
             head_dim=config.head_dim,
@@ -64,7 +69,10 @@ class Stack:
 
     def run(self, token_ids, padding_mask, cache=None, index=0, memory=None, memory_mask=None):
         """Hidden states (B, T, D) and a (key, value) pair per block; `memory` is one for all blocks or one for each."""
-        x = self.embedding_dropout(self.token_embedding(token_ids))
+        x = self.token_embedding(token_ids)
+        if self.ngram_embedding is not None:
+            x += self.ngram_embedding(token_ids, padding_mask)
+        x = self.embedding_dropout(x)
         cos, sin, mask = self.positions(token_ids, padding_mask, index=index)
         run, pairs = BlockRunner() if cache is not None else keras.Layer.__call__, []
         for i, block in enumerate(self.blocks):
@@ -186,11 +194,15 @@ class LlamaBackbone(Backbone):
 
         Raises:
             ValueError: if the tokens do not fit into the cache or the mask, or a bidirectional backbone is
-                given a cache: what it computed for earlier tokens depends on those that come now.
+                given a cache: what it computed for earlier tokens depends on those that come now; or one with
+                n-grams is, which need the tokens before.
         """
         if cache is not None:
             if not self.config.causal:
                 raise invalid("`cache` needs a causal backbone.", "Run the whole text at once.", causal=False)
+            if self.config.ngram_buckets:
+                buckets = self.config.ngram_buckets
+                raise invalid("`cache` needs a backbone without n-grams.", "Run the whole text.", ngram_buckets=buckets)
             check_cache(cache, token_ids, padding_mask, index)
         return self._stack.run(token_ids, padding_mask, cache, index)
 

@@ -146,6 +146,8 @@ class LlamaConfig:
         dropout: rate on the embeddings and on each sub-layer's output while training.
         causal: `False` lets every token see the whole text (encoders, classifiers).
         context_length: longest text that the weights were trained for, in tokens; `None` if unknown.
+        ngram_buckets: rows of a table of pairs and triples of tokens, whose vectors are added to the tokens'; 0 for
+            none, as every published LLaMA has it. Such a model reads whole texts and does not generate.
 
     Raises:
         ValueError: for any value outside its range.
@@ -170,6 +172,7 @@ class LlamaConfig:
     dropout: float = 0.0
     causal: bool = True
     context_length: int | None = None
+    ngram_buckets: int = 0
 
     def __post_init__(self) -> None:
         if self.head_dim is None:
@@ -185,6 +188,8 @@ class LlamaConfig:
             object.__setattr__(self, name, float(getattr(self, name)))  # files name the type of a number
         if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
             raise invalid("`dropout` must lie in [0, 1).", dropout=self.dropout)
+        if isinstance(self.ngram_buckets, bool) or not isinstance(self.ngram_buckets, int) or self.ngram_buckets < 0:
+            raise invalid("`ngram_buckets` must be an integer of at least 0.", ngram_buckets=self.ngram_buckets)
         for name in ["tie_word_embeddings", "attention_bias", "mlp_bias", "causal"]:
             if not isinstance(getattr(self, name), bool):
                 raise invalid(f"`{name}` must be True or False.", **{name: getattr(self, name)})
@@ -224,6 +229,10 @@ class LlamaSeq2SeqConfig(LlamaConfig):
         super().__post_init__()
         if not self.causal:
             raise invalid("`causal` must be True: a decoder must not see the token it predicts.", causal=self.causal)
+        if self.ngram_buckets:
+            raise invalid(
+                "`ngram_buckets` must be 0: such a model does not generate.", ngram_buckets=self.ngram_buckets
+            )
         if not isinstance(self.share_embeddings, bool):
             raise invalid("`share_embeddings` must be True or False.", share_embeddings=self.share_embeddings)
         layers = self.num_layers if self.num_encoder_layers is None else self.num_encoder_layers

@@ -49,7 +49,7 @@ class TokenLoop:
         variables: the weights that `step` reads.
         dtype: of the cache.
         groups: the layers that a step reads, as `KernelCopies` takes them.
-        by_compiler: says whether torch compiles a step (`backend.flattened`).
+        by_compiler: says whether torch compiles a step (`backend.Flattened`).
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class TokenLoop:
     ):
         self.step, self.config, self.dtype = step, config, dtype
         self._kernels = KernelCopies(groups, variables)
-        self._next_step = backend.flattened(self._step_by_copies, variables, by_compiler)
+        self._next_step = backend.Flattened(self._step_by_copies, variables, by_compiler)
         # A prompt is few large products, which XLA would compile anew for each bucket and run no faster on a CPU; a
         # step is many small operations, whose own cost XLA takes away.
         prefill = backend.resolve_jit("auto")
@@ -74,8 +74,9 @@ class TokenLoop:
 
     @property
     def traces(self) -> int:
-        """How often a function was traced, and so compiled, for new shapes (0 on torch)."""
-        return sum(f.traces for f in (self._start, self._advance, self._prefill_beams, self._step_beams))
+        """How often a function was traced, and so compiled or listed, for new shapes."""
+        functions = (self._start, self._next_step, self._advance, self._prefill_beams, self._step_beams)
+        return sum(function.traces for function in functions)
 
     def generate(
         self, prompts, max_new_tokens, settings, stop_ids, seeds, context=(), chunk=None, finished=None

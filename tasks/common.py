@@ -1,31 +1,18 @@
-"""What the recipes share: flags, splits, the optimiser, the report, plots, and serving an export."""
+"""What the recipes share: flags, splits, the optimiser, the report, and serving an export."""
 
 import argparse
-import contextlib
 import json
 import math
 import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 OPTIMIZERS = ("adamw", "muon")
-CHINESE_FONTS = (
-    "Noto Sans CJK SC",
-    "Noto Sans CJK JP",  # how matplotlib calls the collection that holds all of them
-    "Source Han Sans SC",
-    "WenQuanYi Zen Hei",
-    "WenQuanYi Micro Hei",
-    "Droid Sans Fallback",
-    "PingFang SC",
-    "Microsoft YaHei",
-    "SimHei",
-)
 SPLIT_SEED = 0  # the split never changes with --seed, so that scores can be compared
 
 
@@ -59,6 +46,14 @@ def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, received {text}")
+    return value
+
+
+def natural(text: str) -> int:
+    """An integer of at least 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, received {text}")
     return value
 
 
@@ -123,52 +118,6 @@ def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
-def plot_training(path: str | os.PathLike, history: dict[str, Sequence[float]]) -> None:
-    """A picture of each metric over the epochs, training and validation in one frame."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = [name for name in history if f"val_{name}" in history]
-    figure, frames = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), 3.5), squeeze=False)
-    for frame, name in zip(frames[0], names, strict=True):
-        epochs = range(1, len(history[name]) + 1)
-        frame.plot(epochs, history[name], marker="o", label="training")
-        frame.plot(epochs, history[f"val_{name}"], marker="o", label="validation")
-        frame.set(xlabel="epoch", title=name, xticks=list(epochs))
-        frame.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def plot_alignment(path: str | os.PathLike, source: list[str], target: list[str], weights: np.ndarray) -> None:
-    """A heat map of how much each target token looks at each source token: weights (T, S)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import font_manager, pyplot
-
-    listed = {font.fname for font in font_manager.fontManager.ttflist}
-    for file in sorted(set(font_manager.findSystemFonts()) - listed):  # installed after matplotlib made its list
-        with contextlib.suppress(Exception):  # of some formats matplotlib can read none
-            font_manager.fontManager.addfont(file)
-    fonts = {font.name for font in font_manager.fontManager.ttflist}
-    font = next((name for name in CHINESE_FONTS if name in fonts), None)
-    if font is None:  # a box says less than a number
-        source, target = ([text.encode("unicode_escape").decode() for text in side] for side in (source, target))
-    with matplotlib.rc_context({"font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"]}):
-        figure, frame = pyplot.subplots(figsize=(1.5 + 0.5 * len(source), 1.5 + 0.4 * len(target)))
-        frame.imshow(weights, cmap="Greys", vmin=0, vmax=1, aspect="auto")
-        frame.set_xticks(range(len(source)), source, rotation=90)
-        frame.set_yticks(range(len(target)), target)
-        frame.set(xlabel="source", ylabel="target")
-        figure.tight_layout()
-        figure.savefig(path, dpi=120)
-        pyplot.close(figure)
-
-
 def optimizer(name: str, rate: Any, weight_decay: float, head: str, adam_lr_ratio: float = 2.0) -> Any:
     """One of `OPTIMIZERS`, gradients clipped; Muon leaves vectors, embeddings and layer `head` to AdamW.
 
@@ -184,11 +133,11 @@ def optimizer(name: str, rate: Any, weight_decay: float, head: str, adam_lr_rati
     )
 
 
-def compile_options(model: Any, args: argparse.Namespace, rows: int) -> dict[str, Any]:
+def compile_options(model: Any, args: argparse.Namespace, rows: int, epochs: int | None = None) -> dict[str, Any]:
     """`--optimizer` with a warm-up over a tenth of the steps and a cosine decay, and `--jit`, for `compile`."""
     import keras
 
-    steps = args.epochs * -(-rows // args.batch_size)
+    steps = (epochs or args.epochs) * -(-rows // args.batch_size)
     rate = keras.optimizers.schedules.CosineDecay(
         0.0, decay_steps=steps, alpha=0.05, warmup_target=args.learning_rate, warmup_steps=max(1, steps // 10)
     )

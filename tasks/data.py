@@ -5,6 +5,7 @@ import importlib.util
 import itertools
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,6 +31,19 @@ def labelled_texts(path: str) -> list[tuple[str, str, str]]:
     if not rows:
         raise DataError(f"{path}: expected at least one row. Received: an empty file.")
     return rows
+
+
+def distinct(rows: list[tuple], test: list[tuple]) -> list[tuple]:
+    """The rows whose text stands neither in the test data nor in an earlier row; says how many are left out."""
+    known = {text for text, *_ in test}
+    kept = []
+    for row in rows:
+        if row[0] not in known:
+            known.add(row[0])
+            kept.append(row)
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} training rows left out: their text is in the test data or comes twice.")
+    return kept
 
 
 def _lines(path: str) -> list[str]:
@@ -157,12 +171,18 @@ def _generation_row(path: str, number: int, line: str) -> tuple[str, Any]:
     return line, row
 
 
-def prompt_lines(path: str) -> list[str]:
-    """The prompts of a file, one a line; empty lines are left out."""
-    prompts = [line for line in _lines(path) if line.strip()]
-    if not prompts:
-        raise DataError(f"{path}: expected at least one prompt. Received: an empty file.")
-    return prompts
+def text_lines(path: str) -> list[str]:
+    """The lines of a text file that are not blank."""
+    lines = [(number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
+    if not lines:
+        raise DataError(f"{path}: expected at least one line of text. Received: an empty file.")
+    for number, line in lines:
+        if found := _BINARY.search(line):
+            raise DataError(f"{path}:{number}: expected text. Received: the control character {found[0]!r}.")
+    return [line for _, line in lines]
+
+
+_BINARY = re.compile(r"[\x00-\x08\x0e-\x1f]")
 
 
 def interface_rows() -> list[tuple[str, str, str]]:

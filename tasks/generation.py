@@ -11,7 +11,7 @@ from scratch or from --preset, and saved as a folder that Transformers reads too
 import pathlib
 import time
 
-from tasks import common, data
+from tasks import common, data, plots
 
 PRESET = "smollm2_135m_instruct"
 
@@ -62,7 +62,7 @@ def train(lm, args, rows, validation, test):
     history = lm.fit(rows, validation_data=(validation,), **options).history
     seconds = time.perf_counter() - started
     output = pathlib.Path(args.output_dir)
-    common.plot_training(output / "training.png", history)
+    plots.training(output / "training.png", history)
     lm.save_to_preset(output / "preset", overwrite=True)
     print(f"{output / 'preset'}: saved for `from_preset`, Transformers and `keras-llama convert`")
     return {
@@ -75,7 +75,7 @@ def train(lm, args, rows, validation, test):
 
 def prompts_of(args):
     """The prompts of --prompt and --prompts; every one of them is answered."""
-    return [*args.prompt, *(data.prompt_lines(args.prompts) if args.prompts else [])]
+    return [*args.prompt, *(data.text_lines(args.prompts) if args.prompts else [])]
 
 
 def answers(lm, args, prompts):

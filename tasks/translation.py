@@ -13,7 +13,7 @@ import pathlib
 import sys
 import time
 
-from tasks import baselines, common, data, translators
+from tasks import baselines, common, data, plots, translators
 from tasks.translators import references, translate
 
 
@@ -74,10 +74,10 @@ def run(args, model, train_rows, validation, test_rows):
         "samples": [{"source": s, "translation": t} for s, t in zip(sources[:10], beams[:10], strict=True)],
         "settings": vars(args),
     }
-    common.plot_training(output / "training.png", history)
+    plots.training(output / "training.png", history)
     if hasattr(model, "alignment"):
         source_tokens, target_tokens, weights = model.alignment(sources[0], beams[0] or truth[0][0])
-        common.plot_alignment(output / "alignment.png", source_tokens, target_tokens, weights.mean((0, 1)))
+        plots.alignment(output / "alignment.png", source_tokens, target_tokens, weights.mean((0, 1)))
     common.write_report(args.report or output / "metrics.json", report)
     translators.deliver(model, output, sources[:3])
     for row in report["samples"][:5]:

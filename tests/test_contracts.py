@@ -18,6 +18,7 @@ PACKAGE = ROOT / "keras_llama"
 # A file imports only files above it here.
 ORDER = [
     "config",
+    "beside",
     "backend.device",
     "backend.arrays",
     "backend.compiled",
@@ -30,6 +31,7 @@ ORDER = [
     "projections",
     "alike",
     "layers",
+    "ngrams",
     "backbone",
     "seq2seq_backbone",
     "losses",
@@ -43,6 +45,7 @@ ORDER = [
     "subword",
     "preprocessing",
     "dialogue",
+    "resume",
     "checkpoints.checkpoint",
     "checkpoints.mapping",
     "checkpoints.hf",
@@ -70,6 +73,7 @@ ORDER = [
     "heads.causal_lm",
     "heads.seq2seq_lm",
     "heads.text_classifier",
+    "heads.ensemble",
     "factory",
     "verify",
     "cli",

@@ -128,7 +128,7 @@ def test_refuses_what_it_cannot_start_with(stories, dialogues, tmp_path, capsys)
     assert "nowhere" in refused(capsys, "--prompt", "a", "--preset", tmp_path / "nowhere", *output)
     assert "`temperature`" in refused(capsys, "--data", stories, *FAST, "--prompt", "a", "--temperature", "-1", *output)
     (tmp_path / "empty.txt").write_text("\n")
-    assert "at least one prompt" in refused(capsys, "--prompts", tmp_path / "empty.txt", *output)
+    assert "at least one line of text" in refused(capsys, "--prompts", tmp_path / "empty.txt", *output)
 
 
 @pytest.mark.slow

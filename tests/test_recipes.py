@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import keras_llama
-from tasks import baselines, classification, common, data
+from tasks import baselines, classification, classifiers, common, data, plots
 
 WORDS = {"sport": ["ball", "team", "goal", "match"], "tech": ["chip", "code", "robot", "data"]}
 
@@ -41,7 +41,10 @@ def test_trains_reports_saves_and_exports(tsv, tmp_path, capsys):
     assert report["accuracy"] >= 0.9
     assert report["baseline_accuracy"] >= 0.9
     assert {"task", "parameters", "train_seconds", "examples_per_second", "macro_f1"} <= set(report)
-    assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert report["classes"]["sport"]["support"] + report["classes"]["tech"]["support"] == 40
+    assert 0 <= report["standard_error"] < 0.05
+    for picture in ("training.png", "confusion.png"):
+        assert (output / picture).read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     assert "LinearSVC" in printed
     model = keras.saving.load_model(output / "model.keras")
@@ -52,7 +55,9 @@ def test_trains_reports_saves_and_exports(tsv, tmp_path, capsys):
 @pytest.mark.slow
 def test_goes_on_from_a_saved_model_with_other_flags(tsv, tmp_path):
     first = tmp_path / "first"
-    arguments = ["--data", str(tsv), "--test-data", str(tsv), "--limit", "40", *FAST, "--epochs", "1"]
+    test = tmp_path / "test.tsv"
+    test.write_text("".join(f"{text}\t{label}\n" for text, label in rows(40, seed=1)), encoding="utf-8")
+    arguments = ["--data", str(tsv), "--test-data", str(test), "--limit", "40", *FAST, "--epochs", "1"]
     classification.main([*arguments, "--output-dir", str(first), "--precision", "mixed_bfloat16"])
     report = tmp_path / "deep" / "report.json"
     classification.main(
@@ -61,6 +66,38 @@ def test_goes_on_from_a_saved_model_with_other_flags(tsv, tmp_path):
     found = json.loads(report.read_text())
     assert found["rows"] == {"train": 40, "validation": 20, "test": 40}
     assert found["parameters"] == json.loads((first / "metrics.json").read_text())["parameters"]
+
+
+@pytest.mark.slow
+def test_pretrains_averages_and_goes_on_after_an_interruption(tsv, tmp_path, capsys, monkeypatch):
+    """Interrupted in the second classifier, it ends as it would have without."""
+    texts = tmp_path / "more.txt"
+    texts.write_text("the ball is in the goal\n\nthe robot reads the code\n" * 20)
+    arguments = ["--data", str(tsv), *FAST, "--models", "2", "--pretrain-epochs", "2", "--pretrain-data", str(texts)]
+    arguments += ["--class-weights", "balanced", "--epochs", "2"]
+    classification.main([*arguments, "--resume", str(tmp_path / "a"), "--output-dir", str(tmp_path / "whole")])
+    train, calls = classifiers.train, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return train(*args)
+
+    again = [*arguments, "--resume", str(tmp_path / "b"), "--output-dir", str(tmp_path / "again")]
+    with monkeypatch.context() as patch:
+        patch.setattr(classifiers, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            classification.main(again)
+    assert sorted(p.name for p in (tmp_path / "b").iterdir()) == ["classifier_0", "pretraining"]
+    classification.main(again)
+    reports = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("whole", "again")]
+    np.testing.assert_allclose(reports[0]["val_accuracy"], reports[1]["val_accuracy"])
+    models = [keras.saving.load_model(tmp_path / name / "model.keras") for name in ("whole", "again")]
+    asked = [text for text, _ in rows(20, seed=5)]
+    assert len(models[0].members) == 2
+    np.testing.assert_allclose(*(model.predict(asked, verbose=0) for model in models), atol=1e-4)
+    assert "precision" in capsys.readouterr().out
 
 
 def refused(capsys, *arguments):
@@ -117,6 +154,9 @@ BAD_FLAGS = {
     "--size": ("enormous", "`size` must be one of"),
     "--vocabulary-size": ("5", "`vocabulary_size` must be at least"),
     "--dropout": ("1.5", "must lie in [0, 1)"),
+    "--ngram-buckets": ("-1", "at least 0"),
+    "--models": ("0", "at least 1"),
+    "--class-weights": ("heavy", "invalid choice"),
     "--learning-rate": ("-1", "above 0"),
     "--precision": ("int3", "invalid choice"),
     "--optimizer": ("lion", "invalid choice"),
@@ -166,6 +206,63 @@ def test_reviews_are_distinct_consistent_and_split_by_text():
     assert (len(train), len(test)) == (13_890, 3_473)
     assert not {row[0] for row in train} & {row[0] for row in test}
     assert common.split(found, 0.2) == (train, test)
+
+
+def test_a_resume_directory_of_other_data_is_refused(tsv, tmp_path, capsys):
+    arguments = ["--data", str(tsv), *FAST, "--epochs", "1", "--limit", "32", "--output-dir", str(tmp_path / "out")]
+    state = tmp_path / "state" / "classifier_0" / "training.safetensors"
+    state.parent.mkdir(parents=True)
+    state.write_bytes(b"no state")
+    message = refused(capsys, *arguments, "--resume", tmp_path / "state")
+    assert "must be a state that an earlier training wrote" in message
+    assert state.read_bytes() == b"no state"
+    assert not (tmp_path / "out" / "model.keras").exists()
+
+
+BAD_TEXTS = {
+    "empty": (b"", "expected at least one line of text. Received: an empty file"),
+    "blank": (b"\n \n", "expected at least one line of text"),
+    "binary": (b"good\n\x00\x01\n", "more.txt:2: expected text. Received: the control character"),
+    "no UTF-8": (b"\xff\xfe\n", "more.txt:1: expected UTF-8"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TEXTS)
+def test_refuses_bad_pretraining_texts(tsv, tmp_path, capsys, case):
+    content, message = BAD_TEXTS[case]
+    (tmp_path / "more.txt").write_bytes(content)
+    options = ["--pretrain-epochs", "1", "--pretrain-data", tmp_path / "more.txt", "--output-dir", tmp_path / "out"]
+    assert message in refused(capsys, "--data", tsv, *options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", [["--models", "2"], ["--pretrain-epochs", "1"]])
+def test_a_preset_has_its_weights(tsv, capsys, flags):
+    assert "are for a model from scratch" in refused(capsys, "--data", tsv, "--preset", "some.keras", *flags)
+
+
+def test_pretraining_data_need_epochs(tsv, capsys):
+    assert "--pretrain-data needs --pretrain-epochs" in refused(capsys, "--data", tsv, "--pretrain-data", tsv)
+
+
+def test_training_rows_that_stand_in_the_test_are_left_out(capsys):
+    train = [("a", "x", "1"), ("b", "x", "2"), ("a", "x", "3"), ("c", "y", "4")]
+    assert data.distinct(train, [("b", "x", "t")]) == [("a", "x", "1"), ("c", "y", "4")]
+    assert "2 training rows left out" in capsys.readouterr().out
+
+
+def test_balanced_weights_make_classes_count_alike():
+    labels = ["a"] * 6 + ["b"] * 2 + ["c"]
+    weights = classifiers.balanced(labels)
+    sums = [sum(w for w, label in zip(weights, labels, strict=True) if label == name) for name in "abc"]
+    np.testing.assert_allclose(sums, 3)
+    assert np.mean(weights) == pytest.approx(1)
+
+
+def test_a_confusion_matrix_is_drawn_with_chinese_names(tmp_path, recwarn):
+    plots.confusion(tmp_path / "confusion.png", ["体育", "财经"], np.array([[8, 2], [0, 0]]))
+    assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
+    assert not [w for w in recwarn if "Glyph" in str(w.message)]  # what matplotlib says of a box
 
 
 def test_equal_texts_stay_on_one_side():

@@ -4,9 +4,9 @@ from keras_llama.backend.arrays import assign, bucket, buckets, columns, copy, m
 from keras_llama.backend.compiled import (
     Compiled,
     CompiledLoop,
+    Flattened,
     build_optimizer,
     compile_updates,
-    flattened,
     in_graph,
     one_by_one,
     repeat,
@@ -18,8 +18,10 @@ from keras_llama.backend.device import (
     has_gpu,
     has_replicas,
     name,
+    random_states,
     resolve_jit,
     set_memory_growth,
+    set_random_states,
 )
 from keras_llama.backend.gradients import remat, remat_cheap, silu, softmax_error, with_gradients
 from keras_llama.backend.packing import copies_pay, multiply, packed
@@ -28,6 +30,7 @@ from keras_llama.backend.streams import is_stream, stream
 __all__ = [
     "Compiled",
     "CompiledLoop",
+    "Flattened",
     "assign",
     "bucket",
     "buckets",
@@ -37,7 +40,6 @@ __all__ = [
     "copies_pay",
     "copy",
     "devices",
-    "flattened",
     "fuses_attention",
     "has_gpu",
     "has_replicas",
@@ -49,11 +51,13 @@ __all__ = [
     "one_by_one",
     "packed",
     "parts",
+    "random_states",
     "remat",
     "remat_cheap",
     "repeat",
     "resolve_jit",
     "set_memory_growth",
+    "set_random_states",
     "silu",
     "softmax_error",
     "stream",

@@ -56,38 +56,48 @@ class Compiled:
         return self._call(*args)
 
 
-def flattened(function, variables, by_compiler=lambda: False):
+class Flattened:
     """A function of arrays whose operations torch runs without the layers around them, which cost more than a step.
 
-    They are listed once for each set of shapes, without gradients; nothing may depend on the values of the arrays. An
-    argument that is only written to, as a cache is, is written to in place. On TensorFlow and JAX it is the function
-    itself.
+    They are listed once for each set of shapes, which `traces` counts, without gradients; nothing may depend on the
+    values of the arrays. An argument that is only written to, as a cache is, is written to in place. On TensorFlow and
+    JAX it is the function itself.
 
     Args:
         function: of arrays.
         variables: the Keras variables that it reads.
         by_compiler: whether `torch.compile` makes code of the list; if it cannot, a warning says so.
     """
-    if name() != "torch":
-        return function
-    import torch
-    from torch.fx.experimental.proxy_tensor import make_fx
 
-    lists: dict[Any, Any] = {}
+    _MOST = 64  # lists at a time: each holds on to the weights that it was made with
 
-    @torch.no_grad()
-    def call(*args):
+    def __init__(self, function, variables, by_compiler=lambda: False):
+        self.traces = 0
+        self._function, self._variables, self._by_compiler = function, variables, by_compiler
+        self._lists: dict[Any, Any] = {}
+
+    def __call__(self, *args):
+        if name() != "torch":
+            return self._function(*args)
+        import torch
+
+        with torch.no_grad():
+            return self._listed(args)(*args)
+
+    def _listed(self, args):
+        from torch.fx.experimental.proxy_tensor import make_fx
+
         shapes = [(x.shape, x.dtype, x.device) for x in keras.tree.flatten(args)]
         # A weight that is another array now, not one that was assigned to, is not on the list.
-        key = (by_compiler(), *shapes, *(id(variable.value) for variable in variables))
-        if key not in lists:
-            lists[key] = make_fx(lambda *args: function(*args))(*args)  # it counts the `self` of a method
-            _shorten(lists[key])
-            if key[0]:
-                lists[key] = _by_compiler(lists[key])
-        return lists[key](*args)
-
-    return call
+        key = (self._by_compiler(), *shapes, *(id(variable.value) for variable in self._variables))
+        if key not in self._lists:
+            self.traces += 1
+            listed = make_fx(lambda *args: self._function(*args))(*args)  # it counts the `self` of a method
+            _shorten(listed)
+            if len(self._lists) == self._MOST:
+                del self._lists[next(iter(self._lists))]
+            self._lists[key] = _by_compiler(listed) if key[0] else listed
+        return self._lists[key]
 
 
 def _shorten(listed):

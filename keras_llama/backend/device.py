@@ -86,3 +86,24 @@ def resolve_jit(jit_compile: bool | str) -> bool:
     if jit_compile != "auto":
         return bool(jit_compile)
     return name() == "jax" or (name() == "tensorflow" and has_gpu())
+
+
+def random_states() -> list:
+    """The generators of random numbers that no Keras variable holds: torch's own, of which its dropout draws."""
+    if name() != "torch":
+        return []
+    import torch
+
+    return [torch.get_rng_state(), *torch.cuda.get_rng_state_all()]
+
+
+def set_random_states(states: list) -> None:
+    """Brings them to where `random_states` found them."""
+    if not states:
+        return
+    import torch
+
+    first, *others = (torch.from_numpy(state.copy()) for state in states)
+    torch.set_rng_state(first)
+    if len(others) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(others)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from keras_llama import backend
+from keras_llama.beside import written_beside
 from keras_llama.checkpoints import gguf_tokenizer, mapping
 from keras_llama.checkpoints.checkpoint import Checkpoint, Tensor
 from keras_llama.config import LlamaConfig, invalid
@@ -349,9 +350,8 @@ def write(
     if quantization not in _QUANTIZATIONS:
         raise invalid(f"`quantization` must be one of {list(_QUANTIZATIONS)}.", quantization=quantization)
     types = gguf.GGMLQuantizationType
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    writer = gguf.GGUFWriter(unfinished, "llama")
-    try:
+    with written_beside(path) as unfinished:
+        writer = gguf.GGUFWriter(unfinished, "llama")
         writer.add_file_type(
             gguf.LlamaFileType[f"{'ALL' if quantization == 'f32' else 'MOSTLY'}_{quantization.upper()}"]
         )
@@ -377,9 +377,6 @@ def write(
         for kind, array in parts:
             writer.write_tensor_data(gguf.quants.quantize(array(), kind))
         writer.close()
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _ordered(array: Callable[[], np.ndarray], row: mapping.Row | None, config: LlamaConfig) -> np.ndarray:

@@ -1,13 +1,13 @@
 """Files: a task in a `.keras` file, in a preset, and from a checkpoint."""
 
 import dataclasses
-import os
 import pathlib
 from typing import Any
 
 import keras
 
 from keras_llama.backbone import LlamaBackbone
+from keras_llama.beside import written_beside
 from keras_llama.checkpoints import hf, loader, mapping, presets
 from keras_llama.config import invalid
 from keras_llama.layers import no_random_weights
@@ -85,7 +85,11 @@ class Files(keras.Model):
             "files": {} if tokenizer is None else tokenizer.files,
             "generation": {},
             "options": {},
-            "differs": "" if config.causal else "bidirectional attention",
+            "differs": "n-gram embeddings"
+            if config.ngram_buckets
+            else ""
+            if config.causal
+            else "bidirectional attention",
         }
 
     def save_to_preset(self, directory, *, overwrite=False):
@@ -128,12 +132,8 @@ class Files(keras.Model):
             )
         if path.exists() and not overwrite:
             raise invalid("`filepath` must not exist when overwrite=False.", filepath=str(filepath))
-        unfinished = path.with_name(f".{path.stem}.unfinished.keras")
-        try:
+        with written_beside(path) as unfinished:
             super().save(unfinished, **kwargs)
-            os.replace(unfinished, path)
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def save_assets(self, directory):
         if self.preprocessor is not None:
@@ -168,5 +168,12 @@ class Files(keras.Model):
             )
 
 
+def _difference(config):
+    """What other tools would compute otherwise, "" if nothing."""
+    if config.ngram_buckets:
+        return "n-gram embeddings"
+    return "" if config.causal else "bidirectional attention"
+
+
 # Of the configuration, what `config.json` has no field for, or none that may be empty.
-_OWN_FIELDS = ("causal", "dropout", "context_length", "num_encoder_layers", "share_embeddings")
+_OWN_FIELDS = ("causal", "dropout", "context_length", "num_encoder_layers", "share_embeddings", "ngram_buckets")

@@ -14,6 +14,7 @@ from keras_llama.export.saved_model import IDS, NUMBERS, STRINGS, Signature
 from keras_llama.heads.files import Files
 from keras_llama.heads.inputs import Inputs
 from keras_llama.preprocessing import Batches
+from keras_llama.resume import TrainingState
 
 
 class Task(Inputs, Files):
@@ -130,6 +131,9 @@ class Task(Inputs, Files):
         validation_split=0.0,
         shuffle=True,
         packing=False,
+        initial_epoch=0,
+        callbacks=None,
+        resume=None,
         **kwargs,
     ):
         """Keras' `fit` on raw texts, on token ids, or on a `keras.utils.PyDataset` of batches of either.
@@ -144,10 +148,16 @@ class Task(Inputs, Files):
             packing: put several texts of a language model into one row of the preprocessor's `sequence_length`, so
                 that next to no padding is computed. No text sees another, and the loss of all is the same. A batch
                 of rows then holds many texts.
+            initial_epoch: the epoch to begin with, whose order of the rows it is, too.
+            resume: a directory that keeps the state after each epoch, in `training.safetensors`. If one is there
+                already, training goes on from it and ends as it would have without the interruption: weights,
+                optimiser, schedule, random states, order of the rows, early stopping, history. A last epoch's
+                weights are not those of the best one, which `EarlyStopping` brings back at the end.
             **kwargs: everything else that Keras' `fit` takes.
 
         Raises:
-            ValueError: for a text that is empty or no string, or targets that do not fit, named by row.
+            ValueError: for a text that is empty or no string, or targets that do not fit, named by row; for a
+                state in `resume` of another model, of other data, or cut short.
         """
         half = {v.dtype for v in self.trainable_variables} & {"bfloat16", "float16"}
         if half:
@@ -159,6 +169,8 @@ class Task(Inputs, Files):
         if validation_split:
             (x, y, sample_weight), validation_data = _hold_out(validation_split, x, y, sample_weight)
         seed = int(np.random.randint(2**31)) if shuffle else None  # from `keras.utils.set_random_seed`
+        state = None if resume is None else TrainingState(resume)
+        seed = seed if state is None or state.seed is None else state.seed
         data = self._dataset(x, y, sample_weight, batch_size, shuffle_seed=seed, training=True, packing=packing)
         if validation_data is not None:
             held = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
@@ -167,7 +179,18 @@ class Task(Inputs, Files):
                 x, y, sample_weight, batch_size, argument="validation_data", packing=packing
             )
         backend.build_optimizer(self)
-        return super().fit(data, epochs=epochs, shuffle=False, validation_data=validation_data, **kwargs)
+        source = data.source if backend.is_stream(data) else data
+        callbacks = list(callbacks or [])
+        if state is not None:
+            state.begin(self, seed, source.digest(), callbacks)
+            initial_epoch, epochs = state.epoch, state.epoch if state.stopped else epochs
+            callbacks.append(state)
+        source.start(initial_epoch)
+        options = {"validation_data": validation_data, "callbacks": callbacks, **kwargs}
+        history = super().fit(data, epochs=epochs, initial_epoch=initial_epoch, shuffle=False, **options)
+        if state is not None:
+            history.epoch, history.history = list(range(state.epoch)), state.history
+        return history
 
     def evaluate(self, x=None, y=None, batch_size=None, *, sample_weight=None, **kwargs):
         """Keras' `evaluate` on what `fit` takes."""

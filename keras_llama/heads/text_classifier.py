@@ -93,14 +93,17 @@ class LlamaTextClassifier(Task):
         )(pooled)
         logits = keras.layers.Activation("linear", dtype="float32", name="logits")(logits)
         super().__init__(backbone, preprocessor, logits, **kwargs)
-        self.num_classes = num_classes
-        self.labels = labels
-        self._label_numbers = {label: i for i, label in enumerate(labels or [])}
-        self.problem_type = problem_type
+        self._describe(num_classes, labels, problem_type)
         self.pooling = pooling
         self.dropout = dropout
 
     head = "score"
+
+    def _describe(self, num_classes, labels, problem_type):
+        self.num_classes = num_classes
+        self.labels = labels
+        self._label_numbers = {label: i for i, label in enumerate(labels or [])}
+        self.problem_type = problem_type
 
     @classmethod
     def preset_options(cls, checkpoint, preprocessor):

@@ -1,0 +1,209 @@
+"""`fit(resume=directory)`: an interrupted training ends as an unbroken one would have; bad states are refused."""
+
+import json
+import os
+import pathlib
+import resource
+import shutil
+import signal
+
+import keras
+import numpy as np
+import pytest
+
+import keras_llama
+
+TEXTS = ["a good film", "what a film it is", "a bad film", "很好的电影", "很差的电影"] * 5
+LABELS = [1, 1, 0, 1, 0] * 5
+
+
+def build(tokenizer, **changes):
+    keras.utils.set_random_seed(3)
+    size = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "hidden_dim": 16, "intermediate_dim": 24}
+    backbone = keras_llama.LlamaBackbone(
+        vocabulary_size=tokenizer.vocabulary_size, **{**size, "dropout": 0.2, "causal": False, **changes}
+    )
+    preprocessor = keras_llama.TextPreprocessor(tokenizer, sequence_length=16)
+    model = keras_llama.LlamaTextClassifier(backbone, num_classes=2, preprocessor=preprocessor, dropout=0.2)
+    rate = keras.optimizers.schedules.CosineDecay(1e-2, decay_steps=40)
+    model.compile(keras.optimizers.AdamW(rate, global_clipnorm=1.0))
+    return model
+
+
+class Interrupted(keras.callbacks.Callback):
+    """Ends the training in the middle of an epoch."""
+
+    def __init__(self, epoch, batch):
+        super().__init__()
+        self.place, self.now = (epoch, batch), 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.now = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.now, batch) == self.place:
+            raise KeyboardInterrupt
+
+
+def fit(model, *others, texts=TEXTS, labels=LABELS, epochs=5, patience=9, **options):
+    best = keras.callbacks.EarlyStopping("val_loss", patience=patience, restore_best_weights=True)
+    held = (texts[:5], labels[:5])
+    options = {"batch_size": 4, "validation_data": held, "verbose": 0, "epochs": epochs, **options}
+    return model.fit(texts, labels, callbacks=[*others, best], **options)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tokenizer, and a state after one epoch; tests copy it."""
+    texts = ["a good film", "a bad film", "很好的电影", "很差的电影", "what a film it is"] * 4
+    tokenizer = keras_llama.SentencePieceTokenizer.train(texts, vocabulary_size=300)
+    folder = tmp_path_factory.mktemp("saved")
+    fit(build(tokenizer), epochs=1, resume=folder)
+    return tokenizer, folder
+
+
+@pytest.fixture
+def tokenizer(saved):
+    return saved[0]
+
+
+@pytest.fixture
+def state(saved, tmp_path):
+    """A copy of the state, to be harmed or gone on from."""
+    return pathlib.Path(shutil.copytree(saved[1], tmp_path / "state")) / "training.safetensors"
+
+
+def test_an_interrupted_training_ends_as_an_unbroken_one(tokenizer, tmp_path):
+    unbroken = build(tokenizer)
+    expected = fit(unbroken, resume=tmp_path / "unbroken").history
+    with pytest.raises(KeyboardInterrupt):
+        fit(build(tokenizer), Interrupted(2, 3), resume=tmp_path / "broken")
+    resumed = build(tokenizer)
+    np.random.seed(99)  # the order of the rows is the state's, whatever else has been drawn
+    history = fit(resumed, resume=tmp_path / "broken")
+    assert history.epoch == [0, 1, 2, 3, 4]
+    for name, values in expected.items():
+        np.testing.assert_allclose(history.history[name], values, rtol=1e-5, err_msg=name)
+    np.testing.assert_allclose(resumed.predict(TEXTS, verbose=0), unbroken.predict(TEXTS, verbose=0), atol=1e-5)
+
+
+def test_keeping_states_changes_nothing(tokenizer, tmp_path):
+    kept, plain = (fit(build(tokenizer), epochs=2, **options) for options in ({"resume": tmp_path}, {}))
+    assert kept.history == plain.history
+
+
+KILLED = """
+import os, signal, sys
+import keras
+sys.path.insert(0, "tests")
+import test_resume
+tokenizer = keras.saving.load_model(sys.argv[1]).preprocessor.tokenizer
+class Killed(keras.callbacks.Callback):
+    steps = 0
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps += 1
+        if self.steps == int(sys.argv[3]):
+            os.kill(os.getpid(), signal.SIGKILL)
+history = test_resume.fit(test_resume.build(tokenizer), Killed(), resume=sys.argv[2])
+print(history.history["loss"][-1])
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_with_the_same_loss(tokenizer, tmp_path, run_python, rng):
+    build(tokenizer).save(tmp_path / "model.keras")  # for its tokenizer
+    step = int(rng.integers(8, 34))
+    done = run_python(KILLED, tmp_path / "model.keras", tmp_path / "killed", step, check=False)
+    assert done.returncode == -signal.SIGKILL
+    for folder in ("killed", "unbroken"):
+        done = run_python(KILLED, tmp_path / "model.keras", tmp_path / folder, 0)
+        if folder == "killed":
+            killed = float(done.split()[-1])
+    assert killed == pytest.approx(float(done.split()[-1]), rel=1e-5)
+
+
+def test_a_training_that_stopped_early_stays_so(tokenizer, tmp_path):
+    first, again = build(tokenizer), build(tokenizer)
+    history = fit(first, texts=TEXTS, labels=[0, 1] * 12 + [0], patience=0, epochs=30, resume=tmp_path)
+    assert len(history.epoch) < 30
+    repeated = fit(again, texts=TEXTS, labels=[0, 1] * 12 + [0], patience=0, epochs=30, resume=tmp_path)
+    assert repeated.history == history.history
+    np.testing.assert_allclose(again.predict(TEXTS, verbose=0), first.predict(TEXTS, verbose=0), atol=1e-6)
+
+
+def test_epochs_may_be_added(tokenizer, state):
+    assert fit(build(tokenizer), epochs=2, resume=state.parent).epoch == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"hidden_dim": 32}, "hidden_dim"),
+        ({"dropout": 0.3}, "dropout"),
+        ({"rope_max_wavelength": 5.0}, "rope_max_wavelength"),
+    ],
+)
+def test_a_state_of_another_model_is_refused(tokenizer, state, change, match):
+    before = state.read_bytes()
+    other = build(tokenizer, **change)
+    weights = other.get_weights()
+    with pytest.raises(ValueError, match=rf"must be of this model.*{match}.*Received: saved="):
+        fit(other, epochs=2, resume=state.parent)
+    assert state.read_bytes() == before
+    assert all(np.array_equal(a, b) for a, b in zip(weights, other.get_weights(), strict=True))
+
+
+def test_a_state_of_other_data_is_refused(tokenizer, state):
+    before, model = state.read_bytes(), build(tokenizer)
+    with pytest.raises(ValueError, match="of these data"):
+        fit(model, texts=[*TEXTS[:-1], "a good film"], epochs=2, resume=state.parent)
+    with pytest.raises(ValueError, match="of these data"):
+        fit(model, epochs=2, resume=state.parent, batch_size=5)
+    assert state.read_bytes() == before
+
+
+def test_a_state_cut_short_is_refused(tokenizer, state):
+    whole, model = state.read_bytes(), build(tokenizer)
+    for kept in (0, 5, 200, len(whole) - 10):
+        state.write_bytes(whole[:kept])
+        with pytest.raises(ValueError, match=r"must be a state that an earlier training wrote.*Received: size="):
+            fit(model, epochs=2, resume=state.parent)
+        assert state.read_bytes() == whole[:kept]
+
+
+def test_a_full_disk_leaves_the_former_state(tokenizer, state):
+    """Files may grow to half of what a state takes."""
+    before, model = state.read_bytes(), build(tokenizer)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(OSError, match="cannot be written"):
+            fit(model, epochs=2, resume=state.parent)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert state.read_bytes() == before
+    assert os.listdir(state.parent) == [state.name]
+
+
+def test_the_state_can_be_read_by_others(state):
+    """It is a safetensors file: nothing in it is code."""
+    import safetensors
+
+    with safetensors.safe_open(state, "np") as file:
+        document = json.loads(file.metadata()["keras_llama"])
+    assert document["epoch"] == 1
+    assert list(document["history"]) == ["accuracy", "loss", "val_accuracy", "val_loss"]
+
+
+def test_a_data_set_of_batches_goes_on_in_its_order(tokenizer, tmp_path):
+    class Source(keras.utils.PyDataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, index):
+            return TEXTS[index * 5 : index * 5 + 5], LABELS[index * 5 : index * 5 + 5]
+
+    expected = build(tokenizer).fit(Source(), epochs=3, verbose=0, resume=tmp_path / "unbroken").history
+    build(tokenizer).fit(Source(), epochs=1, verbose=0, resume=tmp_path / "broken")
+    history = build(tokenizer).fit(Source(), epochs=3, verbose=0, resume=tmp_path / "broken").history
+    np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-5)
