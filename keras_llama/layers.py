@@ -214,10 +214,13 @@ class LlamaAttention(_Attention):
         query = rotate(self._heads(query, self.num_query_heads), cos, sin)
         key = _by_head(rotate(self._heads(key, self.num_key_value_heads), cos, sin))
         value = _by_head(self._heads(value, self.num_key_value_heads))
-        if cache is not None:
-            key, value = kv_cache.append(cache, key, value, index)
+        pair = (key, value) if cache is None else kv_cache.append(cache, key, value, index)
+        if cache is None or not isinstance(index, int) or index:
+            key, value = pair
+        else:  # nothing stands before, and of what stands behind no query sees anything
+            mask = mask[:, :, : ops.shape(x)[1]]
         heads = attend(query, key, value, mask, training)
-        return self._merged(heads, *ops.shape(x)[:2]), (key, value)
+        return self._merged(heads, *ops.shape(x)[:2]), pair
 
 
 @register
