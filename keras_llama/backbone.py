@@ -29,7 +29,7 @@ class Stack:
             config.vocabulary_size,
             config.hidden_dim,
             tie_weights=True,  # an untied head belongs to the task that has one
-            embeddings_initializer=embedding_initializer(config.hidden_dim, config.tie_word_embeddings),
+            embeddings_initializer=embedding_initializer(_initial_scale(config)),
             dtype=dtype,
             name=f"{prefix}token_embedding",
         )
@@ -63,9 +63,11 @@ class Stack:
             )
             for i in range(config.num_layers)
         ]
-        self.final_norm = keras.layers.RMSNormalization(
-            epsilon=config.layer_norm_epsilon, dtype=dtype, name=f"{prefix}final_norm"
-        )
+        self.final_norm = lambda x: x
+        if config.final_norm:
+            self.final_norm = keras.layers.RMSNormalization(
+                epsilon=config.layer_norm_epsilon, dtype=dtype, name=f"{prefix}final_norm"
+            )
 
     def run(self, token_ids, padding_mask, cache=None, index=0, memory=None, memory_mask=None):
         """Hidden states (B, T, D) and a (key, value) pair per block; `memory` is one for all blocks or one for each."""
@@ -85,6 +87,11 @@ class Stack:
             )  # fmt: skip
             pairs.append(pair)
         return self.final_norm(x), tuple(pairs)
+
+
+def _initial_scale(config):
+    """1, which blocks do not drown; small where the matrix makes logits, too, or learns beside n-grams."""
+    return config.hidden_dim**-0.5 if config.tie_word_embeddings or config.ngram_buckets else 1.0
 
 
 def check_cache(cache, token_ids, padding_mask, index):

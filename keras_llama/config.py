@@ -148,6 +148,8 @@ class LlamaConfig:
         context_length: longest text that the weights were trained for, in tokens; `None` if unknown.
         ngram_buckets: rows of a table of pairs and triples of tokens, whose vectors are added to the tokens'; 0 for
             none, as every published LLaMA has it. Such a model reads whole texts and does not generate.
+        final_norm: whether an RMSNorm ends the blocks, as in every published LLaMA. Without it a token may weigh more
+            than another in a mean over the text.
 
     Raises:
         ValueError: for any value outside its range.
@@ -173,6 +175,7 @@ class LlamaConfig:
     causal: bool = True
     context_length: int | None = None
     ngram_buckets: int = 0
+    final_norm: bool = True
 
     def __post_init__(self) -> None:
         if self.head_dim is None:
@@ -190,7 +193,7 @@ class LlamaConfig:
             raise invalid("`dropout` must lie in [0, 1).", dropout=self.dropout)
         if isinstance(self.ngram_buckets, bool) or not isinstance(self.ngram_buckets, int) or self.ngram_buckets < 0:
             raise invalid("`ngram_buckets` must be an integer of at least 0.", ngram_buckets=self.ngram_buckets)
-        for name in ["tie_word_embeddings", "attention_bias", "mlp_bias", "causal"]:
+        for name in ["tie_word_embeddings", "attention_bias", "mlp_bias", "causal", "final_norm"]:
             if not isinstance(getattr(self, name), bool):
                 raise invalid(f"`{name}` must be True or False.", **{name: getattr(self, name)})
         object.__setattr__(self, "rope_scaling", rope_options(self.rope_scaling))

@@ -33,9 +33,8 @@ def kernel_initializer(scale=1.0):
     return normal if _random.get() else keras.initializers.Zeros()
 
 
-def embedding_initializer(width, tied):
-    """Normal of variance 1, which blocks do not drown; 1 / `width` for a matrix that has to make logits, too."""
-    normal = keras.initializers.RandomNormal(stddev=width**-0.5 if tied else 1.0)
+def embedding_initializer(stddev):
+    normal = keras.initializers.RandomNormal(stddev=stddev)
     return normal if _random.get() else keras.initializers.Zeros()
 
 

@@ -52,8 +52,8 @@ class NgramEmbedding(keras.layers.Layer):
         self.buckets, self.width = buckets, width
 
     def build(self, *shapes):
-        initializer = embedding_initializer(self.width, tied=True)
-        self.embeddings = self.add_weight(name="embeddings", shape=(self.buckets, self.width), initializer=initializer)
+        small = embedding_initializer(0.1 * self.width**-0.5)  # those never seen in training stay noise
+        self.embeddings = self.add_weight(name="embeddings", shape=(self.buckets, self.width), initializer=small)
         self.built = True
 
     def call(self, token_ids, padding_mask):

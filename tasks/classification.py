@@ -120,11 +120,11 @@ def run(args, models, texts, train_rows, validation, test_rows, labels):
 
 
 def parser():
-    flags = common.parser("classification", __doc__, size="tiny", epochs=5, batch_size=64, learning_rate=2e-3)
+    flags = common.parser("classification", __doc__, size="tiny", epochs=3, batch_size=128, learning_rate=2e-3)
     flags.add_argument("--vocabulary-size", type=common.positive, default=8000)
     flags.add_argument("--sequence-length", type=common.positive, default=128, help="tokens; longer texts are cut")
-    flags.add_argument("--ngram-buckets", type=common.natural, default=65536, help="0 leaves pairs and triples out")
-    flags.add_argument("--dropout", type=common.share, default=0.3)
+    flags.add_argument("--ngram-buckets", type=common.natural, default=131072, help="0 leaves pairs and triples out")
+    flags.add_argument("--dropout", type=common.share, default=0.5)
     flags.add_argument("--head-dropout", type=common.share, default=0.4)
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.2)
     flags.add_argument("--label-smoothing", type=common.share, default=0.1)

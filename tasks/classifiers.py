@@ -38,6 +38,7 @@ def backbone(args, tokenizer, causal):
         dropout=args.dropout,
         causal=causal,
         ngram_buckets=args.ngram_buckets,
+        final_norm=causal,  # in a mean over the text some tokens weigh more than others
         dtype=args.precision,
     )
 
@@ -51,8 +52,9 @@ def pretrain(args, models, texts):
     lm = keras_llama.LlamaCausalLM(backbone(args, tokenizer, causal=True), preprocessor)
     lm.compile(**common.compile_options(lm, args, len(texts), args.pretrain_epochs))
     _fit(args, lm, "pretraining", texts, batch_size=args.batch_size, epochs=args.pretrain_epochs)
-    for model in models:
-        model.backbone.set_weights(lm.backbone.get_weights())
+    learned = {weight.path: weight for weight in lm.backbone.weights}
+    for weight in (weight for model in models for weight in model.backbone.weights):
+        weight.assign(learned[weight.path])
 
 
 def train(args, model, rows, validation, number=0):

@@ -62,6 +62,23 @@ def test_it_sees_the_order_of_tokens_and_nothing_later(make_backbone):
     assert np.abs(hidden[0, 3] - hidden[1, 3]).max() > 1e-2
 
 
+def test_without_the_last_norm_hidden_states_are_the_stream(make_backbone, tmp_path, rng):
+    with_norm, without = (make_backbone(final_norm=norm) for norm in (True, False))
+    for weight in without.weights:
+        weight.assign(next(w for w in with_norm.weights if w.path == weight.path))
+    ids = rng.integers(1, 60, (2, 5)).astype("int32")
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    stream = without.predict(inputs, verbose=0)
+    scale = next(ops.convert_to_numpy(w) for w in with_norm.weights if w.path == "final_norm/scale")
+    normed = stream / np.sqrt((stream**2).mean(-1, keepdims=True) + with_norm.config.layer_norm_epsilon) * scale
+    np.testing.assert_allclose(normed, with_norm.predict(inputs, verbose=0), atol=1e-5)
+    assert len(without.weights) == len(with_norm.weights) - 1
+    model = keras_llama.LlamaTextClassifier(without, num_classes=2)
+    model.save_to_preset(tmp_path / "preset")
+    again = keras_llama.LlamaTextClassifier.from_preset(tmp_path / "preset")
+    np.testing.assert_allclose(again.predict(ids, verbose=0), model.predict(ids, verbose=0), atol=1e-6)
+
+
 def test_files_keep_it(make_backbone, tmp_path, rng):
     model = keras_llama.LlamaTextClassifier(make_backbone(ngram_buckets=40, causal=False), num_classes=2)
     ids = rng.integers(1, 60, (2, 5)).astype("int32")

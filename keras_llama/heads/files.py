@@ -172,8 +172,18 @@ def _difference(config):
     """What other tools would compute otherwise, "" if nothing."""
     if config.ngram_buckets:
         return "n-gram embeddings"
+    if not config.final_norm:
+        return "no norm at the end"
     return "" if config.causal else "bidirectional attention"
 
 
 # Of the configuration, what `config.json` has no field for, or none that may be empty.
-_OWN_FIELDS = ("causal", "dropout", "context_length", "num_encoder_layers", "share_embeddings", "ngram_buckets")
+_OWN_FIELDS = (
+    "causal",
+    "dropout",
+    "context_length",
+    "num_encoder_layers",
+    "share_embeddings",
+    "ngram_buckets",
+    "final_norm",
+)
