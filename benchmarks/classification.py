@@ -256,7 +256,8 @@ def main() -> None:
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--shares", help=argparse.SUPPRESS)
     flags.add_argument("--child", help=argparse.SUPPRESS)
-    args, args.flags = flags.parse_known_args()
+    args, rest = flags.parse_known_args()
+    args.flags = rest
     if args.child and args.speed:
         args.child = args.child.split("/")[0]
         return serve(lambda: speed_child(args))

@@ -71,8 +71,9 @@ def test_goes_on_from_a_saved_model_with_other_flags(tsv, tmp_path):
 @pytest.mark.slow
 def test_pretrains_averages_and_goes_on_after_an_interruption(tsv, tmp_path, capsys, monkeypatch):
     """Interrupted in the second classifier, it ends as it would have without."""
+    monkeypatch.setattr(common, "exported", lambda *_: None)
     texts = tmp_path / "more.txt"
-    texts.write_text("the ball is in the goal\n\nthe robot reads the code\n" * 20)
+    texts.write_text("the goal\n\nthe chip\n" * 20)
     arguments = ["--data", str(tsv), *FAST, "--models", "2", "--pretrain-epochs", "2", "--pretrain-data", str(texts)]
     arguments += ["--class-weights", "balanced", "--epochs", "2"]
     classification.main([*arguments, "--resume", str(tmp_path / "a"), "--output-dir", str(tmp_path / "whole")])
