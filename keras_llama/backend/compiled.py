@@ -221,32 +221,23 @@ def build_optimizer(model):
         model.optimizer.build(model.trainable_variables)
 
 
-def prepare_updates(optimizer, by_xla):
-    """On TensorFlow sums an embedding's gradient before an update, which XLA compiles with `by_xla`.
+def compile_updates(optimizer):
+    """Has XLA compile an optimizer's update on TensorFlow, where a step is a graph without XLA; elsewhere as it is.
 
-    Its gradient comes as a row for each token. Keras squares these, and takes their norm, without adding up first
-    those of one token, which gives other weights than on JAX and torch; and XLA would compile for each number of them.
     An update is a dozen passes over each weight, each with a temporary array; XLA makes them one.
     """
-    if name() != "tensorflow":
-        return
-    prepared = hasattr(optimizer, "updates_by_xla")
-    optimizer.updates_by_xla = by_xla
-    if prepared:
+    if name() != "tensorflow" or hasattr(optimizer, "updates_by_xla"):
         return
     import tensorflow as tf
 
     apply = optimizer.apply
 
-    def apply_summed(grads, trainable_variables=None):
-        if tf.distribute.has_strategy():  # replicas meet inside of an update
-            return apply(grads, trainable_variables)
-        grads = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
-        if tf.executing_eagerly() or not optimizer.updates_by_xla:
+    def apply_by_xla(grads, trainable_variables=None):
+        if tf.executing_eagerly() or tf.distribute.has_strategy():  # replicas meet inside of an update
             return apply(grads, trainable_variables)
         if not optimizer.built:
             optimizer.build(trainable_variables)
         update = tf.function(lambda grads: apply(grads, trainable_variables), autograph=False, jit_compile=True)
-        return update(grads)
+        return update(list(grads))
 
-    optimizer.apply = apply_summed
+    optimizer.apply, optimizer.updates_by_xla = apply_by_xla, True

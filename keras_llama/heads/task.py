@@ -91,7 +91,8 @@ class Task(Inputs, Files):
             jit_compile=backend.resolve_jit(jit_compile),
             **kwargs,
         )
-        backend.prepare_updates(self.optimizer, by_xla=jit_compile == "auto")
+        if jit_compile == "auto":
+            backend.compile_updates(self.optimizer)
         self.choose_step(metrics, weighted_metrics, **kwargs)
 
     def _loss_of_logits(self, loss):
