@@ -4,11 +4,10 @@
                                         [--models keras_llama lstm keras_hub embeddings linear] [--speed]
 
 The split, the vocabulary and the validation rows are the recipe's, whose flags may follow. Each network trains for
-`--epochs`, chosen so that it takes no longer than the others may, keeps the best epoch by the validation rows, and
-reads the test once. One process for each model and seed; "mean" are the probabilities of the seeds averaged. `--speed`
-instead measures
-examples per second of `fit` at KerasHub's size without n-grams, in turns: both padded to the 99th percentile, and this
-project with lengths as they are.
+`--epochs`, keeps the best epoch by the validation rows, and reads the test once; its seconds are told, not limited. One
+process for each model and seed; "mean" are the probabilities of the seeds averaged. `--speed` instead measures examples
+per second of `fit` at KerasHub's size without n-grams, in turns: both padded to the 99th percentile, and this project
+with lengths as they are.
 """
 
 import argparse

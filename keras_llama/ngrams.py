@@ -13,7 +13,7 @@ _PRIME = 16_777_619  # of the hash of Fowler, Noll and Vo, http://www.isthe.com/
 def hashed(token_ids, padding_mask, buckets):
     """Bucket of the n tokens that end at each token, n = 2 and 3: two int32 (B, T).
 
-    Where fewer tokens stand before it in its segment, those missing count as -1: no n-gram reaches into another text.
+    Where fewer tokens stand before it in its segment, those missing count as the id -1: none reaches into another text.
     """
     ids, segments = ops.cast(token_ids, "int32"), ops.cast(padding_mask, "int32")
     code, found = ids, []
@@ -52,7 +52,7 @@ class NgramEmbedding(keras.layers.Layer):
         self.buckets, self.width = buckets, width
 
     def build(self, *shapes):
-        small = embedding_initializer(0.1 * self.width**-0.5)  # those never seen in training stay noise
+        small = embedding_initializer(0.1 * self.width**-0.5)  # what training never sees stays noise
         self.embeddings = self.add_weight(name="embeddings", shape=(self.buckets, self.width), initializer=small)
         self.built = True
 

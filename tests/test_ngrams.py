@@ -79,6 +79,14 @@ def test_without_the_last_norm_hidden_states_are_the_stream(make_backbone, tmp_p
     np.testing.assert_allclose(again.predict(ids, verbose=0), model.predict(ids, verbose=0), atol=1e-6)
 
 
+def test_a_language_model_without_the_last_norm_is_none_that_others_know(make_backbone, tmp_path):
+    lm = keras_llama.LlamaCausalLM(make_backbone(final_norm=False), None, {"eos_token_id": []})
+    with pytest.raises(ValueError, match="know no model without a last norm"):
+        keras_llama.save_checkpoint(lm, tmp_path / "out", format="hf")
+    lm.save_to_preset(tmp_path / "preset")
+    assert '"model_type": "keras_llama"' in (tmp_path / "preset" / "config.json").read_text()
+
+
 def test_files_keep_it(make_backbone, tmp_path, rng):
     model = keras_llama.LlamaTextClassifier(make_backbone(ngram_buckets=40, causal=False), num_classes=2)
     ids = rng.integers(1, 60, (2, 5)).astype("int32")

@@ -85,11 +85,7 @@ class Files(keras.Model):
             "files": {} if tokenizer is None else tokenizer.files,
             "generation": {},
             "options": {},
-            "differs": "n-gram embeddings"
-            if config.ngram_buckets
-            else ""
-            if config.causal
-            else "bidirectional attention",
+            "differs": _difference(config),
         }
 
     def save_to_preset(self, directory, *, overwrite=False):
@@ -173,7 +169,7 @@ def _difference(config):
     if config.ngram_buckets:
         return "n-gram embeddings"
     if not config.final_norm:
-        return "no norm at the end"
+        return "model without a last norm"
     return "" if config.causal else "bidirectional attention"
 
 

@@ -151,8 +151,7 @@ class Task(Inputs, Files):
             initial_epoch: the epoch to begin with, whose order of the rows it is, too.
             resume: a directory that keeps the state after each epoch, in `training.safetensors`. If one is there
                 already, training goes on from it and ends as it would have without the interruption: weights,
-                optimiser, schedule, random states, order of the rows, early stopping, history. A last epoch's
-                weights are not those of the best one, which `EarlyStopping` brings back at the end.
+                optimiser, schedule, random states, order of the rows, early stopping, history.
             **kwargs: everything else that Keras' `fit` takes.
 
         Raises:
