@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_llama import backend
 from keras_llama.backbone import LlamaBackbone
 from keras_llama.config import invalid
 from keras_llama.config import size as named_size
@@ -53,6 +54,7 @@ class LlamaModel(keras.Model):
         if isinstance(loss, str):
             loss = _REGRESSION_LOSSES[loss]() if loss in _REGRESSION_LOSSES else loss
         super().compile(optimizer, loss, *args, **kwargs)
+        backend.prepare_updates(self.optimizer, by_xla=False)
 
     def fit(self, x=None, y=None, *args, **kwargs):
         self._check(x, y)

@@ -25,6 +25,7 @@ ORDER = [
     "backend.gradients",
     "backend.packing",
     "backend.streams",
+    "backend.updates",
     "rope",
     "attention",
     "cache",

@@ -5,8 +5,6 @@ from keras_llama.backend.compiled import (
     Compiled,
     CompiledLoop,
     Flattened,
-    build_optimizer,
-    compile_updates,
     in_graph,
     one_by_one,
     repeat,
@@ -26,6 +24,7 @@ from keras_llama.backend.device import (
 from keras_llama.backend.gradients import remat, remat_cheap, silu, softmax_error, with_gradients
 from keras_llama.backend.packing import copies_pay, multiply, packed
 from keras_llama.backend.streams import is_stream, stream
+from keras_llama.backend.updates import build_optimizer, prepare_updates
 
 __all__ = [
     "Compiled",
@@ -36,7 +35,6 @@ __all__ = [
     "buckets",
     "build_optimizer",
     "columns",
-    "compile_updates",
     "copies_pay",
     "copy",
     "devices",
@@ -51,6 +49,7 @@ __all__ = [
     "one_by_one",
     "packed",
     "parts",
+    "prepare_updates",
     "random_states",
     "remat",
     "remat_cheap",

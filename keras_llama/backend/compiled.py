@@ -211,33 +211,3 @@ def one_by_one(going_on, turn, state):
     import tensorflow as tf
 
     return tf.while_loop(going_on, turn, state, parallel_iterations=1)
-
-
-def build_optimizer(model):
-    """Makes an optimizer's state before the first step; TensorFlow would trace that twice, and keep both graphs."""
-    if name() != "tensorflow" or not model.compiled or model.optimizer is None or model.optimizer.built:
-        return
-    with model.distribute_strategy.scope():
-        model.optimizer.build(model.trainable_variables)
-
-
-def compile_updates(optimizer):
-    """Has XLA compile an optimizer's update on TensorFlow, where a step is a graph without XLA; elsewhere as it is.
-
-    An update is a dozen passes over each weight, each with a temporary array; XLA makes them one.
-    """
-    if name() != "tensorflow" or hasattr(optimizer, "updates_by_xla"):
-        return
-    import tensorflow as tf
-
-    apply = optimizer.apply
-
-    def apply_by_xla(grads, trainable_variables=None):
-        if tf.executing_eagerly() or tf.distribute.has_strategy():  # replicas meet inside of an update
-            return apply(grads, trainable_variables)
-        if not optimizer.built:
-            optimizer.build(trainable_variables)
-        update = tf.function(lambda grads: apply(grads, trainable_variables), autograph=False, jit_compile=True)
-        return update(list(grads))
-
-    optimizer.apply, optimizer.updates_by_xla = apply_by_xla, True

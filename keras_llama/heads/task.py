@@ -91,8 +91,7 @@ class Task(Inputs, Files):
             jit_compile=backend.resolve_jit(jit_compile),
             **kwargs,
         )
-        if jit_compile == "auto":
-            backend.compile_updates(self.optimizer)
+        backend.prepare_updates(self.optimizer, by_xla=jit_compile == "auto")
         self.choose_step(metrics, weighted_metrics, **kwargs)
 
     def _loss_of_logits(self, loss):
