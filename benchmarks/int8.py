@@ -1,10 +1,11 @@
-"""Would weight-only int8 make decoding faster? Products of one row by the kernels of a step, in four ways.
+"""Would weight-only int8 or int4 make decoding faster? Products of one row by the kernels of a step, in five ways.
 
-    python -m benchmarks.int8 [--backends tensorflow jax torch] [--rounds 20]
+    python -m benchmarks.int8 [--backends tensorflow jax torch] [--ways float32 ...] [--rounds 20]
 
 The kernels of SmolLM2-135M's blocks and head, random, each read once: the products alone of a step with one prompt.
 int8 kernels have a scale for each column, and are cast inside of the compiled function; Keras' own `Dense.quantize`
-also rounds the row that comes in. The error is that of the product, relative to its largest number.
+rounds the row that comes in, too (its int4: two numbers in a byte). The error is that of the product, relative to its
+largest number.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import numpy as np
 
 from benchmarks.engines import BACKENDS, SHAPE, Engine, serve
 
-WAYS = ("float32", "bfloat16", "int8", "keras int8")
+WAYS = ("float32", "bfloat16", "int8", "keras int8", "keras int4")
 WIDTH, INNER = SHAPE["hidden_dim"], SHAPE["intermediate_dim"]
 KERNELS = [(WIDTH, 960), (WIDTH, WIDTH), (WIDTH, 2 * INNER), (INNER, WIDTH)] * SHAPE["num_layers"]
 KERNELS += [(WIDTH, SHAPE["vocabulary_size"])]
@@ -27,12 +28,12 @@ def products(way: str, kernels: list[np.ndarray]) -> tuple[Callable, list, list]
     import keras
     from keras import ops
 
-    if way == "keras int8":
+    if way.startswith("keras "):
         layers = [keras.layers.Dense(kernel.shape[1], use_bias=False) for kernel in kernels]
         for layer, kernel in zip(layers, kernels, strict=True):
             layer.build((1, len(kernel)))
             layer.kernel.assign(kernel)
-            layer.quantize("int8")
+            layer.quantize(way.removeprefix("keras "))
         named = [(len(kernel), layer) for kernel, layer in zip(kernels, layers, strict=True)]
         variables = [variable for layer in layers for variable in layer.variables]
         return lambda rows, _: [layer(rows[width]) for width, layer in named], [], variables
@@ -77,13 +78,14 @@ def child(way: str) -> Callable[[int], tuple[float, float]]:
 def main() -> None:
     flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_argument("--backends", nargs="+", choices=BACKENDS, default=list(BACKENDS))
+    flags.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     flags.add_argument("--rounds", type=int, default=20)
     flags.add_argument("--child", help=argparse.SUPPRESS)
     args = flags.parse_args()
     if args.child:
         return serve(lambda: child(args.child.split("/")[0]))
     for backend in args.backends:
-        for way in WAYS:
+        for way in args.ways:
             engine = Engine("benchmarks.int8", f"{way}/{backend}")
             ms, error = engine.ask(args.rounds)
             engine.close()

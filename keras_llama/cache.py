@@ -24,6 +24,11 @@ def append(pair, key, value, index):
     )
 
 
+def grow(cache, length):
+    """The cache with empty columns behind its own, `length` in all."""
+    return tuple(tuple(ops.pad(x, [[0, 0], [0, 0], [0, length - x.shape[2]], [0, 0]]) for x in pair) for pair in cache)
+
+
 def reorder(cache, rows):
     """The cache with batch row i taken from `rows[i]` (B,), as beam search needs it."""
     return tuple(tuple(ops.take(x, rows, axis=0) for x in pair) for pair in cache)

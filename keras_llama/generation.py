@@ -11,9 +11,13 @@ from keras import ops
 
 from keras_llama import backend
 from keras_llama import cache as kv_cache
+from keras_llama.beams import Beams
 from keras_llama.config import LlamaConfig
 from keras_llama.projections import KernelCopies
 from keras_llama.samplers import choose, penalize
+
+
+_ROOM = 1024  # columns up to which the empty ones cost less than a program for fewer of them (docs/decisions.md)
 
 
 class State(NamedTuple):
@@ -93,18 +97,18 @@ class TokenLoop:
             chunk: tokens per yield; all at once unless given.
             finished: called after each chunk with the new ids so far (B, t) -> bool (B,), rows to stop.
         """
-        tokens, mask, seen, first = self._prompt_arrays(prompts, max_new_tokens)
+        tokens, mask, seen, total = self._prompt_arrays(prompts, max_new_tokens)
         stops = np.array(sorted(stop_ids) or [-1], "int32")
-        uniforms = np.stack([np.random.default_rng(seed).random(tokens.shape[1]) for seed in seeds])
-        sampling = (settings, stops, uniforms.astype("float32"))
+        uniforms = np.stack([np.random.default_rng(seed).random(total) for seed in seeds]).astype("float32")
+        first = tokens.shape[1]
         last = first + max_new_tokens
-        state = self._start(tokens[:, :first], mask, seen, context, *sampling)
+        state = self._start(tokens, mask, seen, context, settings, stops, uniforms[:, : mask.shape[1]])
         copies, shown, column = None, first, first + 1
         while True:
             end = min(shown + (chunk or max_new_tokens), last)
             if end > column:  # the first token is there already, and waits for no copies and no compilation
                 copies = self._kernels.make(len(prompts), backend.bucket(max_new_tokens)) if copies is None else copies
-                state = self._advance(state, end - column, copies, context, *sampling)
+                state = self._run(state, end, copies, context, settings, stops, uniforms)
                 column = int(state.column)
             written = ops.convert_to_numpy(state.tokens)[:, first:column]
             done = ops.convert_to_numpy(state.done)
@@ -124,16 +128,20 @@ class TokenLoop:
         Beam search as Transformers runs it with `early_stopping=False`. `context` has a row for each prompt,
         whatever the number of beams: `step` is then given n rows of tokens for each of its rows.
         """
-        tokens, mask, seen, first = self._prompt_arrays(prompts, max_new_tokens)
-        search = _Beams(len(prompts), num_beams, length_penalty, sorted(stop_ids), self.config.vocabulary_size)
+        tokens, mask, seen, total = self._prompt_arrays(prompts, max_new_tokens)
+        first = tokens.shape[1]
+        search = Beams(len(prompts), num_beams, length_penalty, sorted(stop_ids), self.config.vocabulary_size)
         options = (np.float32(penalty), np.array(search.stop_ids or [-1], "int32"))
-        cache, *found = self._prefill_beams(tokens[:, :first], mask, seen, context, search.scores, *options)
+        cache, *found = self._prefill_beams(tokens, mask, seen, context, search.scores, *options)
         mask, seen = (np.repeat(x, num_beams, axis=0) for x in (mask, seen))
         copies = self._kernels.make(len(mask), backend.bucket(max_new_tokens))
         for column in range(first, first + max_new_tokens):
             rows = search.update(*(ops.convert_to_numpy(x) for x in found))
             if search.settled() or column == first + max_new_tokens - 1:
                 break
+            if column == mask.shape[1]:
+                room = _room(column, total)
+                cache, mask = kv_cache.grow(cache, room), np.pad(mask, [[0, 0], [0, room - column]])
             ids, seen = search.last_ids(), seen[rows]
             mask[:, column] = 1
             seen[np.arange(len(rows)), ids] = True
@@ -162,16 +170,28 @@ class TokenLoop:
         return backend.repeat(_ended, self._next, state, more, {}, context, *sampling).tokens[:, first:]
 
     def _prompt_arrays(self, prompts, max_new_tokens):
-        """Tokens and mask (B, S), seen (B, V), and the first column after the prompts."""
+        """Tokens (B, T), mask (B, S), seen (B, V), and the columns that all new tokens would need."""
         first = backend.bucket(max(len(prompt) for prompt in prompts))
-        columns = first + backend.bucket(max_new_tokens)
-        tokens, mask = np.zeros((2, len(prompts), columns), "int32")
+        total = first + backend.bucket(max_new_tokens)
+        tokens = np.zeros((len(prompts), first), "int32")
+        mask = np.zeros((len(prompts), _room(first, total)), "int32")
         seen = np.zeros((len(prompts), self.config.vocabulary_size), bool)
         for i, prompt in enumerate(prompts):
-            tokens[i, first - len(prompt) : first] = prompt
+            tokens[i, first - len(prompt) :] = prompt
             mask[i, first - len(prompt) : first] = 1
             seen[i, np.asarray(prompt)] = True
-        return tokens, mask, seen, first
+        return tokens, mask, seen, total
+
+    def _run(self, state, end, copies, context, settings, stops, uniforms):
+        """Steps until column `end`, or until all rows are done; filled arrays grow. `uniforms` has all columns."""
+        while True:
+            room = state.mask.shape[1]
+            reach = min(end, room)
+            sampling = (settings, stops, uniforms[:, :room])
+            state = self._advance(state, reach - int(state.column), copies, context, *sampling)
+            if reach == end or bool(ops.all(state.done)):
+                return state
+            state = _grown(state, _room(room, uniforms.shape[1]))
 
     def _prefill(self, prompts, mask, context):
         """Logits of the first new token (B, V), and the cache, from prompts (B, T) and mask (B, S)."""
@@ -230,6 +250,18 @@ class TokenLoop:
         return penalize(ops.log_softmax(logits, axis=-1), seen, penalty)
 
 
+def _room(filled, total):
+    """Columns to have when `filled` of `total` are in use: a step reads all, and each number of them is compiled."""
+    room = max(_ROOM, 2 * filled)
+    return room if total > room * 3 // 2 else total
+
+
+def _grown(state, columns):
+    """The state with empty columns behind its own."""
+    tokens, mask = (ops.pad(x, [[0, 0], [0, columns - x.shape[1]]]) for x in (state.tokens, state.mask))
+    return state._replace(tokens=tokens, mask=mask, cache=kv_cache.grow(state.cache, columns))
+
+
 def _ended(state):
     """Whether every row has met a stop token, bool ()."""
     return ops.all(state.done)
@@ -238,59 +270,3 @@ def _ended(state):
 def _width(num_beams, stops):
     """How many continuations to look at: enough that `num_beams` of them do not stop."""
     return max(2, 1 + stops.shape[0]) * num_beams
-
-
-class _Beams:
-    """The books of a beam search, on the host: running beams and finished ones of each prompt."""
-
-    def __init__(self, prompts: int, num_beams: int, length_penalty: float, stop_ids: list[int], vocabulary_size: int):
-        self.num_beams, self.length_penalty = num_beams, length_penalty
-        self.stop_ids, self.vocabulary_size = stop_ids, vocabulary_size
-        self.running: list[list[tuple[int, ...]]] = [[()] for _ in range(prompts)]
-        self.scores = np.zeros((prompts, num_beams), "float32")
-        self.finished: list[list[tuple[float, tuple[int, ...]]]] = [[] for _ in range(prompts)]
-        self.open = np.ones(prompts, bool)  # prompts whose running beams may still beat a finished one
-
-    def update(self, found, flat):
-        """Takes the best continuations in: log-probabilities and beam * V + id (B, width), best first.
-
-        Returns the rows (B * n,) of the beams that the new running ones continue.
-        """
-        origins, ids = np.divmod(flat, self.vocabulary_size)
-        stopped = np.isin(ids, self.stop_ids)
-        rows = []
-        for i, running in enumerate(self.running):
-            beams = [(*running[k], int(token)) for k, token in zip(origins[i], ids[i], strict=True)]
-            length = len(beams[0]) ** self.length_penalty
-            if self.open[i]:
-                # Only the first n candidates may finish; the others are there to keep n beams running.
-                ended = [(float(found[i, k]) / length, beams[k]) for k in range(self.num_beams) if stopped[i, k]]
-                self.finished[i] = sorted(self.finished[i] + ended, key=lambda pair: -pair[0])[: self.num_beams]
-            chosen = np.flatnonzero(~stopped[i])[: self.num_beams]
-            self.running[i], self.scores[i] = [beams[k] for k in chosen], found[i, chosen]
-            rows.append(i * self.num_beams + origins[i, chosen])
-            if len(self.finished[i]) == self.num_beams:
-                self.open[i] &= self.scores[i, 0] / length > self.finished[i][-1][0]
-        return np.concatenate(rows).astype("int32")
-
-    def settled(self) -> bool:
-        """Whether no running beam of any prompt can beat its finished ones."""
-        return not self.open.any()
-
-    def last_ids(self) -> np.ndarray:
-        """The newest token of each running beam, (B * n,)."""
-        return np.array([beam[-1] for beams in self.running for beam in beams], "int32")
-
-    def best(self) -> list[list[int]]:
-        """The best finished continuation of each prompt, or the best running one where the length ran out."""
-        best = []
-        for finished, running, scores, still_open in zip(
-            self.finished, self.running, self.scores, self.open, strict=True
-        ):
-            candidates = list(finished)
-            if still_open:
-                candidates += [
-                    (float(s) / len(b) ** self.length_penalty, b) for s, b in zip(scores, running, strict=True)
-                ]
-            best.append(list(max(candidates, key=lambda pair: pair[0])[1]))
-        return best

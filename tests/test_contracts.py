@@ -39,6 +39,7 @@ ORDER = [
     "accumulation",
     "scores",
     "samplers",
+    "beams",
     "generation",
     "tokenizer_files",
     "chat",

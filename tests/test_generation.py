@@ -9,8 +9,8 @@ import reference
 import torch
 
 import keras_llama
-from keras_llama import backend
-from keras_llama.cache import make as make_cache
+from keras_llama import backend, generation
+from keras_llama import cache as kv_cache
 from keras_llama.projections import KernelCopies
 from keras_llama.samplers import Settings
 
@@ -135,6 +135,51 @@ def test_no_setting_and_few_lengths_compile_anew(models):
     assert lm._loop.traces == traces
 
 
+@pytest.fixture
+def narrow(monkeypatch):
+    """Lets arrays begin with 32 columns instead of 1,024; their columns, in the order in which they are made."""
+    made = []
+
+    def watched(function):
+        def call(*args, **kwargs):
+            cache = function(*args, **kwargs)
+            made.append(cache[0][0].shape[2])
+            return cache
+
+        return call
+
+    monkeypatch.setattr(generation, "_ROOM", 32)
+    monkeypatch.setattr(kv_cache, "make", watched(kv_cache.make))
+    monkeypatch.setattr(kv_cache, "grow", watched(kv_cache.grow))
+    return made
+
+
+@pytest.mark.parametrize("options", [{"top_k": 9, "temperature": 2.0, "seed": 3}, {"num_beams": 3}])
+def test_a_step_reads_at_most_twice_the_columns_that_are_filled(make_backbone, request, options):
+    lm = keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=True))
+    expected = ours(lm, PROMPTS, 70, stop_token_ids=None, **options)
+    made = request.getfixturevalue("narrow")
+    assert ours(lm, PROMPTS, 70, stop_token_ids=None, **options) == expected
+    assert made == [32, 64, 112]
+    if "seed" in options:
+        assert ours(lm, PROMPTS, 8, stop_token_ids=None, **options) == [row[:8] for row in expected]
+        assert made[3:] == [24]
+
+
+def test_arrays_grow_within_chunks_and_not_when_all_rows_are_done(make_backbone, narrow):
+    lm = keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=True))
+    whole = ours(lm, PROMPTS[:1], 70, stop_token_ids=None)[0]
+    assert narrow == [32, 64, 80 + 24]  # three prompt tokens in eight columns, then 96
+    chunks = [ids for ids, _ in lm._loop.generate(PROMPTS[:1], 70, Settings().checked(), set(), range(1), chunk=9)]
+    assert [chunk.shape[1] for chunk in chunks] == [9] * 7 + [7]
+    assert np.concatenate(chunks, 1)[0].tolist() == whole
+    del narrow[:]
+    stop = whole[31 - 8]  # in the last of the first columns
+    assert stop not in whole[: 31 - 8]
+    assert ours(lm, PROMPTS[:1], 70, stop_token_ids=[stop]) == [whole[: 32 - 8]]
+    assert narrow == [32]
+
+
 def test_the_first_token_waits_for_no_step(make_backbone):
     loop = keras_llama.LlamaCausalLM(make_backbone())._loop
     steps, next_step = [], loop._next_step
@@ -250,7 +295,7 @@ def test_copies_of_kernels_are_exact_in_half_precision(make_backbone, monkeypatc
 
         def step(ids, copies):
             with loop._kernels.used(copies):
-                return loop.step(ids, mask, make_cache(lm.backbone.config, *mask.shape, loop.dtype), 0)
+                return loop.step(ids, mask, kv_cache.make(lm.backbone.config, *mask.shape, loop.dtype), 0)
 
         return keras.ops.convert_to_numpy(backend.Compiled(step, lm.variables)(ids, copies)[0])
 

@@ -55,7 +55,7 @@ def test_trains_from_scratch_saves_and_continues(stories, tmp_path, capsys):
 def test_fine_tunes_a_checkpoint_on_conversations(dialogues, chat_lm, tmp_path, capsys):
     chat_lm.save_to_preset(tmp_path / "preset")
     flags = ["--data", dialogues, "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out", "--chat"]
-    flags += ["--prompt", "what is", "--max-new-tokens", "6", "--learning-rate", "0.01"]
+    flags += ["--prompt", numbered(STORIES)[0], "--max-new-tokens", "6", "--learning-rate", "0.01"]
     fast = ["--sequence-length", "64", "--batch-size", "8", "--epochs", "12"]
     generation.main([str(flag) for flag in flags + fast])
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())

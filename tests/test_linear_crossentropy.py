@@ -73,6 +73,8 @@ def test_of_a_frozen_head_no_gradient_is_computed(make_backbone, rng, monkeypatc
 def test_in_bfloat16_the_products_are_rounded_and_the_loss_is_not(make_backbone, rng):
     inputs = batch(rng)
     found, expected = (step(make_backbone, inputs, dense, dtype="mixed_bfloat16") for dense in (False, True))
+    for metrics in (found[0], expected[0]):
+        metrics["perplexity"] = np.log(metrics["perplexity"])  # whose relative error would be absolute in the logits
     assert found[0] == pytest.approx(expected[0], rel=5e-3)  # a logit has 8 bits, and XLA rounds it where it likes
     for one, other in zip(found[2], expected[2], strict=True):
         np.testing.assert_allclose(one, other, rtol=0, atol=np.abs(other).max() / 20)
