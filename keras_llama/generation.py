@@ -16,7 +16,6 @@ from keras_llama.config import LlamaConfig
 from keras_llama.projections import KernelCopies
 from keras_llama.samplers import choose, penalize
 
-
 _ROOM = 1024  # columns up to which the empty ones cost less than a program for fewer of them (docs/decisions.md)
 
 

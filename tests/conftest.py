@@ -50,6 +50,14 @@ def make_backbone():
 
 
 @pytest.fixture
+def not_exported(monkeypatch):
+    """For the tests of a recipe of which another exports, which takes most of its time."""
+    from tasks import common
+
+    monkeypatch.setattr(common, "exported", lambda *_: None)
+
+
+@pytest.fixture
 def tokenizer():
     texts = ["a good film", "a bad film", "很好的电影", "很差的电影", "what a film it is"] * 4
     return keras_llama.SentencePieceTokenizer.train(texts, vocabulary_size=300)

@@ -132,6 +132,7 @@ def test_refuses_what_it_cannot_start_with(stories, dialogues, tmp_path, capsys)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("not_exported")
 def test_a_classifier_starts_from_a_checkpoint(chat_lm, tmp_path):
     from tasks import classification
 

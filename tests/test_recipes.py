@@ -53,6 +53,7 @@ def test_trains_reports_saves_and_exports(tsv, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("not_exported")
 def test_goes_on_from_a_saved_model_with_other_flags(tsv, tmp_path):
     first = tmp_path / "first"
     test = tmp_path / "test.tsv"
@@ -69,13 +70,13 @@ def test_goes_on_from_a_saved_model_with_other_flags(tsv, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("not_exported")
 def test_pretrains_averages_and_goes_on_after_an_interruption(tsv, tmp_path, capsys, monkeypatch):
     """Interrupted in the second classifier, it ends as it would have without."""
-    monkeypatch.setattr(common, "exported", lambda *_: None)
     texts = tmp_path / "more.txt"
     texts.write_text("the goal\n\nthe chip\n" * 20)
-    arguments = ["--data", str(tsv), *FAST, "--models", "2", "--pretrain-epochs", "2", "--pretrain-data", str(texts)]
-    arguments += ["--class-weights", "balanced", "--epochs", "2"]
+    arguments = ["--data", str(tsv), *FAST, "--models", "2", "--pretrain-epochs", "1", "--pretrain-data", str(texts)]
+    arguments += ["--class-weights", "balanced", "--epochs", "1"]
     classification.main([*arguments, "--resume", str(tmp_path / "a"), "--output-dir", str(tmp_path / "whole")])
     train, calls = classifiers.train, []
 

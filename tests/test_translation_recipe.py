@@ -68,6 +68,7 @@ def test_trains_scores_translates_and_exports(pairs, tmp_path, capsys, monkeypat
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("not_exported")
 def test_a_decoder_alone_is_fine_tuned(pairs, chat_lm, tmp_path, capsys):
     chat_lm.save_to_preset(tmp_path / "preset")
     flags = ["--data", pairs, "--limit", 24, "--epochs", 1, *FAST, "--preset", tmp_path / "preset"]
@@ -86,6 +87,7 @@ def test_a_decoder_alone_is_fine_tuned(pairs, chat_lm, tmp_path, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("not_exported")
 def test_a_decoder_from_scratch_cuts_what_is_too_long(pairs, tmp_path):
     with pairs.open("a", encoding="utf-8") as file:
         file.writelines(f"{'a red big dog and ' * 20}number {i}\t红的大狗\n" for i in range(12))
