@@ -100,7 +100,7 @@ MODELS = ("keras_llama", *PEERS, "linear")
 def batches(preprocessor, rows, labels, seed=None, length=None):
     """Token ids with one-hot rows, in the buckets of this project or padded to `length`."""
     from keras_llama import backend
-    from keras_llama.preprocessing import Batches
+    from keras_llama.batches import Batches
 
     ids = preprocessor.encode([row[0] for row in rows])
     ids = [row[:length] for row in ids]

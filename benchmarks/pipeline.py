@@ -30,7 +30,7 @@ def timed(owner, name: str, taken: list[float]) -> None:
 
 def child():
     import keras_llama
-    from keras_llama.preprocessing import Batches
+    from keras_llama.batches import Batches
 
     random = np.random.default_rng(0)
     words = ["".join(chr(97 + c) for c in random.integers(0, 26, 6)) for _ in range(2_000)]

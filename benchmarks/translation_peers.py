@@ -15,7 +15,7 @@ from keras import layers, ops
 
 import keras_llama
 from keras_llama import backend
-from keras_llama.preprocessing import Batches, longer_side
+from keras_llama.batches import Batches, longer_side
 
 LONGEST_TEXT = 64
 LONGEST_ANSWER = 40

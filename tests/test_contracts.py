@@ -45,6 +45,7 @@ ORDER = [
     "chat",
     "tokenizer",
     "subword",
+    "batches",
     "preprocessing",
     "dialogue",
     "resume",

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_llama
-from keras_llama.preprocessing import pack
+from keras_llama.batches import pack
 
 TEXTS = ["a good film", "a bad film it is", "很好的电影", "what", "what a film it is what a film", "很差", "a"]
 

@@ -9,7 +9,8 @@ import pytest
 
 import keras_llama
 from keras_llama.backend import bucket, stream
-from keras_llama.preprocessing import Batches, StreamedBatches, check_texts, next_token_targets
+from keras_llama.batches import Batches, StreamedBatches
+from keras_llama.preprocessing import check_texts, next_token_targets
 
 
 @pytest.fixture

@@ -7,8 +7,9 @@ import keras
 import numpy as np
 
 from keras_llama import backend
+from keras_llama.batches import Batches, StreamedBatches, pack
 from keras_llama.config import invalid
-from keras_llama.preprocessing import Batches, StreamedBatches, check_texts, pack, pad_rows
+from keras_llama.preprocessing import check_texts, pad_rows
 
 
 class Inputs:

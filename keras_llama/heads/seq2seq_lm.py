@@ -12,6 +12,7 @@ import numpy as np
 
 from keras_llama import backend
 from keras_llama.attention import record
+from keras_llama.batches import longer_side
 from keras_llama.config import invalid
 from keras_llama.export.saved_model import STRINGS, Signature
 from keras_llama.heads import completion
@@ -20,7 +21,7 @@ from keras_llama.heads.language_model import LanguageModel
 from keras_llama.heads.plan import make_plan, stops
 from keras_llama.layers import no_random_weights, register
 from keras_llama.losses import TokenCrossentropy
-from keras_llama.preprocessing import check_texts, longer_side, next_token_targets, pad_rows
+from keras_llama.preprocessing import check_texts, next_token_targets, pad_rows
 from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
 
 _TEXTS = ("source", "target")

@@ -8,12 +8,12 @@ import keras
 import numpy as np
 
 from keras_llama import backend
+from keras_llama.batches import Batches
 from keras_llama.config import invalid
 from keras_llama.export import forward, saved_model
 from keras_llama.export.saved_model import IDS, NUMBERS, STRINGS, Signature
 from keras_llama.heads.files import Files
 from keras_llama.heads.inputs import Inputs
-from keras_llama.preprocessing import Batches
 from keras_llama.resume import TrainingState
 
 
