@@ -16,8 +16,8 @@ demo-translation: $(VENV)/demo
 	KERAS_BACKEND=tensorflow $(RUN) -m tasks.translation $(DEMO_ARGS)
 
 # Tests compile much and run little: XLA need not optimise. What is slow or asks no backend runs on TensorFlow
-# only; `make test QUICK=` runs all of it on each backend.
-QUICK ?= -m "not slow and not plain"
+# only, in processes of its own; `make test QUICK=` runs all of it on each backend.
+QUICK ?= not slow and not plain
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 # JAX compiles each program once for all workers, and for the next run.
 test: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.pytest_cache/jax
@@ -26,9 +26,10 @@ test: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES ?= -1
 test: $(VENV)/dev
 	for backend in $(BACKENDS); do \
 		echo "== $$backend"; \
-		if [ $$backend = tensorflow ]; then set --; else set -- $(QUICK); fi; \
-		KERAS_BACKEND=$$backend $(RUN) -m pytest $(PYTEST_ARGS) "$$@" || exit 1; \
+		KERAS_BACKEND=$$backend $(RUN) -m pytest $(PYTEST_ARGS) -m "$(QUICK)" || exit 1; \
 	done
+	$(if $(and $(QUICK),$(filter tensorflow,$(BACKENDS))),\
+		KERAS_BACKEND=tensorflow $(RUN) -m pytest $(PYTEST_ARGS) -m "not ($(QUICK))")
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .
