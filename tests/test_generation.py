@@ -177,7 +177,7 @@ def test_arrays_grow_within_chunks_and_not_when_all_rows_are_done(make_backbone,
     stop = whole[31 - 8]  # in the last of the first columns
     assert stop not in whole[: 31 - 8]
     assert ours(lm, PROMPTS[:1], 70, stop_token_ids=[stop]) == [whole[: 32 - 8]]
-    assert narrow == [32]
+    assert set(narrow) <= {32}  # nothing, where that shape is compiled already
 
 
 def test_the_first_token_waits_for_no_step(make_backbone):
