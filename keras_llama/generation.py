@@ -16,7 +16,7 @@ from keras_llama.config import LlamaConfig
 from keras_llama.projections import KernelCopies
 from keras_llama.samplers import choose, penalize
 
-_ROOM = 1024  # columns up to which the empty ones cost less than a program for fewer of them (docs/decisions.md)
+_ROOM = 1024  # columns to begin with, full or empty: each number of them is one more program (docs/decisions.md)
 
 
 class State(NamedTuple):
@@ -250,7 +250,10 @@ class TokenLoop:
 
 
 def _room(filled, total):
-    """Columns to have when `filled` of `total` are in use: a step reads all, and each number of them is compiled."""
+    """Columns to have when `filled` of `total` are in use: twice these, or all where that is at most half as many more.
+
+    A step reads all columns that there are, and each number of them is compiled.
+    """
     room = max(_ROOM, 2 * filled)
     return room if total > room * 3 // 2 else total
 

@@ -155,7 +155,7 @@ def narrow(monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{"top_k": 9, "temperature": 2.0, "seed": 3}, {"num_beams": 3}])
-def test_a_step_reads_at_most_twice_the_columns_that_are_filled(make_backbone, request, options):
+def test_the_cache_grows_as_it_fills_and_changes_nothing(make_backbone, request, options):
     lm = keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=True))
     expected = ours(lm, PROMPTS, 70, stop_token_ids=None, **options)
     made = request.getfixturevalue("narrow")
