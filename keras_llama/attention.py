@@ -64,16 +64,25 @@ def attend(query, key, value, mask, training=False):
     recorded = _recorded.get()
     if recorded is not None:
         recorded.append(weights(ops.cast(query, "float32"), ops.cast(key, "float32"), mask))
-    # For a single query the kernels would first repeat all keys; grouped products read each once.
-    if not backend.fuses_attention() or query.shape[1] == 1:
-        summed = (backend.remat(_plain) if training else _plain)(query, key, value, mask)
-        # Out here: the gradient of a `reshape` asks for the shape of what it was given, which would be computed again.
-        rows, length, heads, width = ops.shape(query)
-        return ops.transpose(ops.reshape(summed, (rows, heads, length, width)), (0, 2, 1, 3))
-    if key.shape[1] == 1:  # Keras' torch kernel groups any number of key/value heads but one
-        key, value = (ops.repeat(x, query.shape[2], axis=1) for x in (key, value))
+    if backend.fuses_attention():
+        return _fused(query, key, value, mask)
+    summed = (backend.remat(_plain) if training else _plain)(query, key, value, mask)
+    # Out here: the gradient of a `reshape` asks for the shape of what it was given, which would be computed again.
+    rows, length, heads, width = ops.shape(query)
+    return ops.transpose(ops.reshape(summed, (rows, heads, length, width)), (0, 2, 1, 3))
+
+
+def _fused(query, key, value, mask):
+    """`attend` by the kernel, which repeats each key for the query heads of its group where there are several."""
+    rows, length, heads, width = ops.shape(query)
+    groups = key.shape[1]
+    if length == 1:  # then the group's queries go as so many queries of one head, and no key is repeated
+        query = ops.transpose(ops.reshape(query, (rows, groups, heads // groups, width)), (0, 2, 1, 3))
+    elif groups == 1:  # Keras' torch kernel groups any number of key/value heads but one
+        key, value = (ops.repeat(x, heads, axis=1) for x in (key, value))
     key, value = (ops.transpose(x, (0, 2, 1, 3)) for x in (key, value))
-    return ops.dot_product_attention(query, key, value, mask=ops.expand_dims(mask, 1))
+    found = ops.dot_product_attention(query, key, value, mask=ops.expand_dims(mask, 1))
+    return ops.reshape(ops.transpose(found, (0, 2, 1, 3)), (rows, 1, heads, width)) if length == 1 else found
 
 
 def _plain(query, key, value, mask):

@@ -45,6 +45,8 @@ def backbone(args, tokenizer, causal):
 
 def pretrain(args, models, texts):
     """Trains the blocks as a causal language model on `texts`, then gives their weights to the classifiers."""
+    import keras
+
     import keras_llama
 
     tokenizer = models[0].preprocessor.tokenizer
@@ -52,7 +54,7 @@ def pretrain(args, models, texts):
     lm = keras_llama.LlamaCausalLM(backbone(args, tokenizer, causal=True), preprocessor)
     lm.compile(**common.compile_options(lm, args, len(texts), args.pretrain_epochs))
     _fit(args, lm, "pretraining", texts, batch_size=args.batch_size, epochs=args.pretrain_epochs)
-    learned = {weight.path: weight for weight in lm.backbone.weights}
+    learned = {weight.path: keras.ops.convert_to_numpy(weight) for weight in lm.backbone.weights}
     for weight in (weight for model in models for weight in model.backbone.weights):
         weight.assign(learned[weight.path])
 

@@ -1,6 +1,7 @@
 """The token loop: the ids of Transformers' `generate`, alone and in batches; stops, beams, compilations."""
 
 import warnings
+from collections import Counter
 
 import keras
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 import keras_llama
 from keras_llama import backend, generation
 from keras_llama import cache as kv_cache
+from keras_llama.backend import packing
 from keras_llama.projections import KernelCopies
 from keras_llama.samplers import Settings
 
@@ -241,9 +243,32 @@ def test_a_list_of_operations_shares_and_overwrites_only_what_it_may():
     assert (x == 1).all()
 
 
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="the others have no list")
+def test_the_list_of_a_step_has_nothing_twice_and_nothing_for_nothing():
+    """Numbers that Python wrote down are one, unused results are gone, and transpositions join."""
+
+    def function(x):
+        masked = [keras.ops.where(x > 0, 1.5, -1.5) for _ in range(2)]
+        keras.ops.exp(x)
+        there_and_back = keras.ops.transpose(keras.ops.transpose(x, (2, 0, 1)), (1, 2, 0))
+        elsewhere = keras.ops.transpose(torch.transpose(there_and_back, 0, -1), (2, 1, 0)) + 1
+        return sum(masked), there_and_back, elsewhere, keras.ops.transpose(keras.ops.transpose(x, (2, 0, 1)), (0, 2, 1))
+
+    flattened = backend.Flattened(function, [])
+    x = keras.ops.convert_to_tensor(np.random.default_rng(0).normal(size=(2, 3, 4)).astype("float32"))
+    for found, expected in zip(flattened(x), function(x), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    (listed,) = flattened._lists.values()
+    calls = Counter(node.target for node in listed.graph.nodes if node.op == "call_function")
+    assert calls[torch.ops.aten.where.self] == 1
+    assert torch.ops.aten.exp.default not in calls
+    assert calls[torch.ops.aten.permute.default] + calls[torch.ops.aten.transpose.int] == 1
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("shape", [(3, 24), (2, 5, 24)])
-def test_a_packed_kernel_multiplies_as_it_did(rng, dtype, shape):
+def test_a_packed_kernel_multiplies_as_it_did(rng, monkeypatch, dtype, shape):
+    monkeypatch.setattr(packing, "_is_intel", lambda: False)
     x, kernel = (keras.ops.convert_to_tensor(rng.normal(size=s), dtype) for s in (shape, (40, 24)))
     kernel = keras.ops.transpose(kernel)
     packed = backend.packed(kernel)

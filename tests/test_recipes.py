@@ -102,6 +102,18 @@ def test_pretrains_averages_and_goes_on_after_an_interruption(tsv, tmp_path, cap
     assert "precision" in capsys.readouterr().out
 
 
+def test_pretrained_weights_are_each_classifiers_own():
+    """Arrays that two models share are gone, on JAX, when one of them is used."""
+    args = classification.parser().parse_args([*FAST, "--pretrain-epochs", "1", "--ngram-buckets", "50"])
+    texts = [text for text, _ in rows(16)]
+    models = [classifiers.build(args, texts, ["a", "b"], number) for number in range(2)]
+    classifiers.pretrain(args, models, texts)
+    answers = [[model.predict(texts, verbose=0) for model in models] for _ in range(2)]
+    np.testing.assert_array_equal(*answers)
+    for one, other in zip(*(model.backbone.weights for model in models), strict=True):
+        np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(weight) for weight in (one, other)))
+
+
 def refused(capsys, *arguments):
     """What the recipe prints when it refuses; it must leave with 2, before any training."""
     started = time.perf_counter()

@@ -101,7 +101,7 @@ class Flattened:
 
 
 def _shorten(listed):
-    """Leaves out what was computed before, as each layer does with columns and angles, and writes in place."""
+    """Leaves out what was computed before, as each layer does with angles and masks; writes into caches in place."""
     import torch
 
     def changes(node):
@@ -109,17 +109,58 @@ def _shorten(listed):
 
     known: dict[Any, Any] = {}
     for node in listed.graph.nodes:
-        if node.op != "call_function" or changes(node) or any(map(changes, node.users)):
+        if node.op not in ("call_function", "get_attr") or changes(node) or any(map(changes, node.users)):
             continue
-        first = known.setdefault((node.target, repr(node.args), repr(node.kwargs)), node)
+        if node.target == torch.ops.aten.lift_fresh_copy.default:  # of a number that Python wrote down: never changed
+            node.replace_all_uses_with(node.args[0])
+            continue
+        _join_transpositions(node)
+        first = known.setdefault(_meaning(listed, node), node)
         if first is not node:
             node.replace_all_uses_with(first)
-            listed.graph.erase_node(node)
         elif node.target == torch.ops.aten.index_copy.default:
             array = node.args[0]
             if array.op == "placeholder" and len(array.users) == 1:
                 node.target = torch.ops.aten.index_copy_.default
+    listed.graph.eliminate_dead_code()
     listed.recompile()
+
+
+def _join_transpositions(node):
+    """A transposition of a transposition becomes one of the array itself, or the array."""
+    import torch
+
+    axes, inner = _new_axes(node), node.args and node.args[0]
+    before = axes and _new_axes(inner)
+    if not before:
+        return
+    joined = [before[axis] for axis in axes]
+    if joined == sorted(joined):
+        node.replace_all_uses_with(inner.args[0])
+    else:
+        node.target, node.args = torch.ops.aten.permute.default, (inner.args[0], joined)
+
+
+def _new_axes(node):
+    """The axes that a transposition takes, in their new order; `None` for another node."""
+    import torch
+
+    if node.target == torch.ops.aten.permute.default:
+        return [axis % len(node.args[1]) for axis in node.args[1]]
+    if node.target == torch.ops.aten.transpose.int:
+        axes = list(range(len(node.meta["tensor_meta"].shape)))
+        one, other = node.args[1:]
+        axes[one], axes[other] = axes[other], axes[one]
+        return axes
+    return None
+
+
+def _meaning(listed, node):
+    """What two nodes of a list share when they are the same number, or the same operation on the same arrays."""
+    if node.op == "call_function":
+        return node.target, repr(node.args), repr(node.kwargs)
+    value = getattr(listed, node.target)
+    return (value.dtype, value.tolist(), value.device) if value.ndim == 0 else node.target
 
 
 def _by_compiler(listed):

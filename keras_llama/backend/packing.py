@@ -5,6 +5,8 @@ multiplies, all of them in each call, which takes as long as ten steps.
 """
 
 import functools
+import pathlib
+import platform
 
 import keras
 
@@ -15,14 +17,14 @@ def copies_pay(rows: int, steps: int, kernels: int, dtype: str) -> bool:
     """Whether `steps` steps of decoding gain by a copy of `kernels` kernels as one, `packed`, made for this call.
 
     As measured on a CPU (benchmarks/RESULTS.md): what torch packs takes as long as it saves in some thirty steps; what
-    XLA widens it would widen again and again. Else on TensorFlow for up to four rows, the kernels being several; a
-    copy takes the time that it saves in some ten steps.
+    XLA widens it would widen again and again. Else several kernels as one are read faster, on TensorFlow for up to
+    four rows; such a copy takes the time that it saves in some ten steps.
     """
     if has_gpu():
         return False
     if packs(dtype):
         return name() != "torch" or steps > 32
-    return name() == "tensorflow" and kernels > 1 and rows <= 4 and steps > 16
+    return kernels > 1 and steps > 16 and (name() == "torch" or (name() == "tensorflow" and rows <= 4))
 
 
 def packs(dtype: str) -> bool:
@@ -33,7 +35,16 @@ def packs(dtype: str) -> bool:
 
     if not torch.backends.mkldnn.is_available() or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
-    return dtype == "float32" or (dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # In float32 torch multiplies by MKL, whose products are as fast as oneDNN's on Intel's own CPUs.
+    return (dtype == "float32" and not _is_intel()) or (
+        dtype == "bfloat16" and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+@functools.cache
+def _is_intel() -> bool:
+    cpus = pathlib.Path("/proc/cpuinfo")
+    return "GenuineIntel" in (cpus.read_text() if cpus.exists() else platform.processor())
 
 
 def packed(kernel):
