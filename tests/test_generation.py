@@ -259,10 +259,10 @@ def test_the_list_of_a_step_has_nothing_twice_and_nothing_for_nothing():
     for found, expected in zip(flattened(x), function(x), strict=True):
         np.testing.assert_array_equal(found, expected)
     (listed,) = flattened._lists.values()
-    calls = Counter(node.target for node in listed.graph.nodes if node.op == "call_function")
-    assert calls[torch.ops.aten.where.self] == 1
-    assert torch.ops.aten.exp.default not in calls
-    assert calls[torch.ops.aten.permute.default] + calls[torch.ops.aten.transpose.int] == 1
+    calls = Counter(str(node.target) for node in listed.graph.nodes if node.op.startswith("call"))
+    assert calls["aten.where.self"] == 1
+    assert "aten.exp.default" not in calls
+    assert calls["permute"] + calls["transpose"] == 1
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

