@@ -111,11 +111,12 @@ def sample(rows: list, limit: int | None) -> list:
 
 def write_report(path: str | os.PathLike, report: dict[str, Any]) -> None:
     """Writes the report as JSON, beside and then renamed."""
+    from keras_llama.beside import written_beside
+
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    with written_beside(path) as unfinished:
+        unfinished.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
 def optimizer(name: str, rate: Any, weight_decay: float, head: str, adam_lr_ratio: float = 2.0) -> Any:
