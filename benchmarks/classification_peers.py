@@ -1,0 +1,99 @@
+"""The networks that the classifier is measured beside, and batches for them."""
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+
+SIZE = "tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A network that is not this project's, with its settings."""
+
+    build: Callable
+    learning_rate: float
+    padded: bool = False
+
+
+def masked_mean(hidden, mask):
+    from keras import ops
+
+    real = ops.expand_dims(ops.cast(mask, "float32"), -1)
+    return ops.sum(hidden * real, axis=1) / ops.maximum(ops.sum(real, axis=1), 1.0)
+
+
+def inputs():
+    import keras
+
+    return {name: keras.Input((None,), dtype="int32", name=name) for name in ("token_ids", "padding_mask")}
+
+
+def lstm(vocabulary: int, classes: int):
+    """The article's model: an embedding, three LSTMs, a dense layer."""
+    import keras
+
+    given = inputs()
+    real = keras.ops.cast(given["padding_mask"], "bool")
+    x = keras.layers.Dropout(0.3)(keras.layers.Embedding(vocabulary, 64)(given["token_ids"]))
+    for last in (False, False, True):
+        x = keras.layers.LSTM(128, return_sequences=not last)(x, mask=real)
+    return keras.Model(given, keras.layers.Dense(classes)(keras.layers.Dropout(0.4)(x)))
+
+
+def keras_hub(vocabulary: int, classes: int):
+    import keras
+    import keras_hub
+
+    import keras_llama
+
+    given = inputs()
+    backbone = keras_hub.models.Llama3Backbone(vocabulary_size=vocabulary, **keras_llama.size(SIZE), dropout=0.1)
+    pooled = masked_mean(backbone(given), given["padding_mask"])
+    return keras.Model(given, keras.layers.Dense(classes)(keras.layers.Dropout(0.4)(pooled)))
+
+
+def embeddings(vocabulary: int, classes: int):
+    """This project's inputs, n-grams included, without blocks."""
+    import keras
+
+    from keras_llama.ngrams import NgramEmbedding
+
+    given = inputs()
+    x = keras.layers.Embedding(vocabulary, 128)(given["token_ids"])
+    x += NgramEmbedding(buckets=65_536, width=128)(given["token_ids"], given["padding_mask"])
+    pooled = masked_mean(keras.layers.Dropout(0.3)(x), given["padding_mask"])
+    return keras.Model(given, keras.layers.Dense(classes)(keras.layers.Dropout(0.4)(pooled)))
+
+
+PEERS = {
+    "lstm": Peer(lstm, 2e-3),
+    "keras_hub": Peer(keras_hub, 1e-3, padded=True),
+    "embeddings": Peer(embeddings, 2e-3),
+}
+
+
+def batches(preprocessor, rows, labels, batch_size, seed=None, length=None):
+    """Token ids with one-hot rows, in the buckets of this project or padded to `length`."""
+    from keras_llama import backend
+    from keras_llama.batches import Batches
+
+    ids = preprocessor.encode([row[0] for row in rows])
+    ids = [row[:length] for row in ids]
+    targets = np.eye(len(labels), dtype="float32")[[labels.index(row[1]) for row in rows]]
+
+    def padded(chosen):
+        chosen = [ids[i] for i in chosen]
+        return preprocessor.pad({"token_ids": chosen}, length or max(map(len, chosen)))
+
+    def finish(x, y, _):
+        return x, y
+
+    return backend.stream(
+        Batches(padded, [len(row) for row in ids], finish, targets, batch_size=batch_size, shuffle_seed=seed)
+    )
+
+
+def percentile(preprocessor, rows) -> int:
+    return int(np.percentile([len(row) for row in preprocessor.encode([row[0] for row in rows])], 99))
