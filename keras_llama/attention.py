@@ -6,12 +6,15 @@ mask is an integer per token: 0 padding, n = segment n; an ordinary batch holds 
 
 import contextlib
 import contextvars
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
 from keras import ops
 
 from keras_llama import backend
+
+_FIRST = 256  # columns
 
 
 def same_segment(query_segments, key_segments):
@@ -70,6 +73,24 @@ def attend(query, key, value, mask, training=False):
     # Out here: the gradient of a `reshape` asks for the shape of what it was given, which would be computed again.
     rows, length, heads, width = ops.shape(query)
     return ops.transpose(ops.reshape(summed, (rows, heads, length, width)), (0, 2, 1, 3))
+
+
+def attend_to_first(query, key, value, mask, count):
+    """`attend` where no query sees a key from column `count` on, an int32 of a step that is compiled once.
+
+    Of S columns, which are there for all that a text may become, it reads the first 256, 512, 1,024 ..., so at most
+    twice what is filled; all of them where S is open, as in a SavedModel without XLA, and on torch.
+    """
+    columns = key.shape[2]
+    if columns is None or columns <= _FIRST or not backend.has_branches():
+        return attend(query, key, value, mask)
+    sizes = list(itertools.takewhile(lambda size: size < columns, (_FIRST << i for i in itertools.count())))
+
+    def reading(size):
+        return lambda query, key, value, mask: attend(query, key[:, :, :size], value[:, :, :size], mask[:, :, :size])
+
+    larger = ops.sum(ops.cast(count > ops.convert_to_tensor(sizes, "int32"), "int32"))
+    return ops.switch(larger, [reading(size) for size in (*sizes, columns)], query, key, value, mask)
 
 
 def _fused(query, key, value, mask):

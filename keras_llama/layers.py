@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_llama import backend
 from keras_llama import cache as kv_cache
-from keras_llama.attention import attend, not_later, positions, same_segment, same_segment_or_all
+from keras_llama.attention import attend, attend_to_first, not_later, positions, same_segment, same_segment_or_all
 from keras_llama.config import check_heads, invalid, rope_options
 from keras_llama.projections import project
 from keras_llama.rope import inverse_frequencies, rotary_angles, rotate
@@ -214,11 +214,15 @@ class LlamaAttention(_Attention):
         key = _by_head(rotate(self._heads(key, self.num_key_value_heads), cos, sin))
         value = _by_head(self._heads(value, self.num_key_value_heads))
         pair = (key, value) if cache is None else kv_cache.append(cache, key, value, index)
+        length = ops.shape(x)[1]
         if cache is None or not isinstance(index, int) or index:
             key, value = pair
         else:  # nothing stands before, and of what stands behind no query sees anything
-            mask = mask[:, :, : ops.shape(x)[1]]
-        heads = attend(query, key, value, mask, training)
+            mask = mask[:, :, :length]
+        if isinstance(index, int):
+            heads = attend(query, key, value, mask, training)
+        else:
+            heads = attend_to_first(query, key, value, mask, index + length)
         return self._merged(heads, *ops.shape(x)[:2]), pair
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_llama.attention import attend, not_later, positions, same_segment
+from keras_llama import backend
+from keras_llama.attention import attend, attend_to_first, not_later, positions, same_segment
 
 RIGHT, LEFT, PACKED = [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 2, 2, 2]
 
@@ -81,3 +82,28 @@ def test_softmax_is_computed_in_float32(dtype):
         assert kinds == {"f32"}
     else:  # 8 x 100 x 100 = 80,000
         np.testing.assert_array_equal(ops.convert_to_numpy(ops.cast(found, "float32")), 100.0)
+
+
+@pytest.mark.parametrize("count", [1, 256, 257, 511, 512, 600, 700])
+def test_reading_the_filled_columns_gives_what_reading_all_does(rng, count):
+    query, key, value = (
+        ops.convert_to_tensor(rng.normal(size=shape), "float32")
+        for shape in ((2, 1, 4, 8), (2, 2, 700, 8), (2, 2, 700, 8))
+    )
+    mask = np.broadcast_to(np.arange(700) < count, (2, 1, 700)) & (rng.random((2, 1, 700)) < 0.8)
+    mask[:, :, 0] = True
+    expected = attend(query, key, value, mask)
+    step = backend.Compiled(attend_to_first, [])
+    np.testing.assert_allclose(*map(ops.convert_to_numpy, (step(query, key, value, mask, count), expected)), atol=1e-6)
+
+
+@pytest.mark.skipif(keras.config.backend() == "torch", reason="its lists cannot choose")
+@pytest.mark.parametrize("count", [1, 200, 256, 257, 512, 513])
+def test_columns_beyond_twice_the_filled_are_not_read(rng, count):
+    """A number that is none spoils every product that reads it, weighed by 0 or not."""
+    query, key = (ops.convert_to_tensor(rng.normal(size=s), "float32") for s in ((1, 1, 2, 4), (1, 1, 2000, 4)))
+    value = rng.normal(size=(1, 1, 2000, 4)).astype("float32")
+    value[:, :, max(256, 2 * count) :] = np.nan
+    mask = np.arange(2000)[None, None] < count
+    step = backend.Compiled(attend_to_first, [])
+    assert np.isfinite(ops.convert_to_numpy(step(query, key, ops.convert_to_tensor(value), mask, count))).all()

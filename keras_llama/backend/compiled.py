@@ -189,6 +189,11 @@ def _by_compiler(listed):
     return call
 
 
+def has_branches() -> bool:
+    """Whether a step that is compiled once may choose between operations; torch's lists cannot."""
+    return name() != "torch"
+
+
 def in_graph() -> bool:
     """Whether this runs while TensorFlow traces a graph."""
     if name() != "tensorflow":
