@@ -22,6 +22,7 @@ ORDER = [
     "backend.device",
     "backend.arrays",
     "backend.compiled",
+    "backend.listed",
     "backend.gradients",
     "backend.packing",
     "backend.streams",

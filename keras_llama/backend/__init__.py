@@ -4,7 +4,6 @@ from keras_llama.backend.arrays import assign, bucket, buckets, columns, copy, m
 from keras_llama.backend.compiled import (
     Compiled,
     CompiledLoop,
-    Flattened,
     has_branches,
     in_graph,
     one_by_one,
@@ -23,6 +22,7 @@ from keras_llama.backend.device import (
     set_random_states,
 )
 from keras_llama.backend.gradients import remat, remat_cheap, silu, softmax_error, with_gradients
+from keras_llama.backend.listed import Flattened
 from keras_llama.backend.packing import copies_pay, multiply, packed
 from keras_llama.backend.streams import is_stream, stream
 from keras_llama.backend.updates import build_optimizer, prepare_updates
