@@ -79,7 +79,7 @@ def attend_to_first(query, key, value, mask, count):
     """`attend` where no query sees a key from column `count` on, an int32 of a step that is compiled once.
 
     Of S columns, which are there for all that a text may become, it reads the first 256, 512, 1,024 ..., so at most
-    twice what is filled; all of them where S is open, as in a SavedModel without XLA, and on torch.
+    twice what is filled, or 256; all of them where S is open, as in a SavedModel without XLA, and on torch.
     """
     columns = key.shape[2]
     if columns is None or columns <= _FIRST or not backend.has_branches():
