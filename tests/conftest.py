@@ -26,7 +26,7 @@ def rng():
     return np.random.default_rng(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_backbone():
     """A tiny backbone whose weights are large enough to tell one computation from another."""
 
@@ -57,7 +57,7 @@ def not_exported(monkeypatch):
     monkeypatch.setattr(common, "exported", lambda *_: None)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tokenizer():
     texts = ["a good film", "a bad film", "很好的电影", "很差的电影", "what a film it is"] * 4
     return keras_llama.SentencePieceTokenizer.train(texts, vocabulary_size=300)

@@ -54,6 +54,26 @@ def translator(tokenizer):
     return keras_llama.LlamaSeq2SeqLM(backbone, keras_llama.TextPreprocessor(tokenizer, 20, add_eos=True))
 
 
+@pytest.fixture(scope="module")
+def written(make_backbone, tmp_path_factory):
+    """A model and the folder that it is exported to, once for all tests that only read them."""
+    kinds = {
+        "classifier": classifier,
+        "translator": translator,
+        "language model": lambda vocabulary: language_model(vocabulary, make_backbone, max_new_tokens=12),
+    }
+    made = {}
+
+    def once(kind, vocabulary):
+        if (kind, vocabulary) not in made:
+            model, directory = kinds[kind](vocabulary), tmp_path_factory.mktemp("exports") / "model"
+            model.export(directory)
+            made[kind, vocabulary] = model, directory
+        return made[kind, vocabulary]
+
+    return once
+
+
 def call(directory, name, *inputs):
     """What a signature of a SavedModel gives, as arrays and lists."""
     import tensorflow as tf
@@ -93,20 +113,18 @@ def test_a_fresh_process_classifies(vocabulary, tmp_path, add_eos):
 
 
 @pytest.mark.slow
-def test_a_fresh_process_generates(vocabulary, make_backbone, tmp_path):
-    model = language_model(vocabulary, make_backbone, max_new_tokens=12)
-    model.export(tmp_path / "model")
+def test_a_fresh_process_generates(vocabulary, written):
+    model, directory = written("language model", vocabulary)
     prompts = TEXTS[:3]
     for asked in (prompts, prompts[:1]):
-        assert readable(common.serve(tmp_path / "model", asked)["texts"]) == readable(model.generate(asked))
+        assert readable(common.serve(directory, asked)["texts"]) == readable(model.generate(asked))
 
 
 @pytest.mark.slow
-def test_a_fresh_process_translates(vocabulary, tmp_path):
-    model = translator(vocabulary)
-    model.export(tmp_path / "model")
+def test_a_fresh_process_translates(vocabulary, written):
+    model, directory = written("translator", vocabulary)
     sources = [*TEXTS[:3], "unseen слова", "good " * 80]
-    found, expected = common.serve(tmp_path / "model", sources)["texts"], model.generate(sources, truncate=True)
+    found, expected = common.serve(directory, sources)["texts"], model.generate(sources, truncate=True)
     assert readable(found) == readable(expected)
 
 
@@ -121,10 +139,9 @@ print(served(tf.constant(["a film"]))["texts"][0].numpy().decode())
 
 
 @needs_tensorflow
-def test_it_needs_tensorflow_alone(chat_tokenizer, make_backbone, tmp_path, run_python):
-    model = language_model(chat_tokenizer, make_backbone, max_new_tokens=6)
-    model.export(tmp_path / "model")
-    assert run_python(LOADS_ALONE, tmp_path / "model").rstrip("\n") == model.generate("a film").rstrip("\n")
+def test_it_needs_tensorflow_alone(chat_tokenizer, written, run_python):
+    model, directory = written("language model", chat_tokenizer)
+    assert run_python(LOADS_ALONE, directory).rstrip("\n") == model.generate("a film").rstrip("\n")
 
 
 def graph(directory):
@@ -139,22 +156,16 @@ def operations(directory):
 
 
 @needs_tensorflow
-def test_the_graph_holds_known_operations_only(vocabulary, make_backbone, tmp_path):
+@pytest.mark.parametrize("kind", ["classifier", "translator", "language model"])
+def test_the_graph_holds_known_operations_only(vocabulary, written, kind):
     allowed = set((pathlib.Path(__file__).parent / "operations.txt").read_text().split())
-    for name, model in {
-        "classifier": classifier(vocabulary),
-        "translator": translator(vocabulary),
-        "language model": language_model(vocabulary, make_backbone),
-    }.items():
-        model.export(tmp_path / name)
-        assert operations(tmp_path / name) <= allowed, name
+    assert operations(written(kind, vocabulary)[1]) <= allowed
 
 
 @needs_tensorflow
-def test_a_session_consumer(tokenizer, tmp_path):
-    model = translator(tokenizer)
-    model.export(tmp_path / "model")
-    command = ["saved_model_cli", "run", "--dir", str(tmp_path / "model"), "--tag_set", "serve"]
+def test_a_session_consumer(tokenizer, written):
+    model, directory = written("translator", tokenizer)
+    command = ["saved_model_cli", "run", "--dir", str(directory), "--tag_set", "serve"]
     command += ["--signature_def", "serving_default", "--input_exprs", "sources=['a good film']"]
     tool = pathlib.Path(sys.executable).with_name(command[0])
     done = subprocess.run([str(tool), *command[1:]], capture_output=True, text=True, check=False)
@@ -183,60 +194,57 @@ def test_stop_tokens_limits_and_context(tokenizer, make_backbone, tmp_path):
 
 
 @needs_tensorflow
-def test_sampling_has_the_probabilities_of_the_model(tokenizer, make_backbone, tmp_path):
-    model = language_model(tokenizer, make_backbone)
-    model.export(tmp_path / "model")
+def test_sampling_has_the_probabilities_of_the_model(tokenizer, written):
+    model, directory = written("language model", tokenizer)
     prompts = ["a film"] * 1500
-    drawn = strings(call(tmp_path / "model", "generate", prompts, 1, 0.9, 6, 0.95, 3)["texts"])
+    drawn = strings(call(directory, "generate", prompts, 1, 0.9, 6, 0.95, 3)["texts"])
     here = model.generate(prompts, 1, temperature=0.9, top_k=6, top_p=0.95, seed=5, batch_size=1500)
     kinds = sorted({*drawn, *here})
     counts = np.array([[texts.count(kind) for kind in kinds] for texts in (drawn, here)])
     assert 2 <= len(kinds) <= 6
     expected = counts.sum(0) / 2
     assert ((counts - expected) ** 2 / expected).sum() < 20.5  # chi-square, 5 degrees of freedom, p = 0.001
-    again = call(tmp_path / "model", "generate", prompts, 1, 0.9, 6, 0.95, 3)["texts"]
-    other = call(tmp_path / "model", "generate", prompts, 1, 0.9, 6, 0.95, 4)["texts"]
+    again = call(directory, "generate", prompts, 1, 0.9, 6, 0.95, 3)["texts"]
+    other = call(directory, "generate", prompts, 1, 0.9, 6, 0.95, 4)["texts"]
     assert strings(again) == drawn != strings(other)
 
 
 @needs_tensorflow
-def test_scores_and_tokens(vocabulary, make_backbone, tmp_path):
-    model = language_model(vocabulary, make_backbone)
-    model.export(tmp_path / "model")
+def test_scores_and_tokens(vocabulary, written):
+    model, directory = written("language model", vocabulary)
     texts = TEXTS[:3]
-    found = call(tmp_path / "model", "score", texts)
+    found = call(directory, "score", texts)
     for row, size, expected in zip(found["log_probs"], found["lengths"], model.score(texts), strict=True):
         np.testing.assert_allclose(row[: size - 1], expected["log_probs"], atol=1e-4)
         assert not row[size - 1 :].any()
-    tokens = call(tmp_path / "model", "tokenize", texts)
+    tokens = call(directory, "tokenize", texts)
     rows = [row[:size].tolist() for row, size in zip(tokens["token_ids"], tokens["lengths"], strict=True)]
     assert rows == vocabulary.encode(texts)
-    back = call(tmp_path / "model", "detokenize", tokens["token_ids"], tokens["lengths"])
+    back = call(directory, "detokenize", tokens["token_ids"], tokens["lengths"])
     assert strings(back["texts"]) == vocabulary.decode(rows)
 
 
 @needs_tensorflow
-def test_the_empty_batch_and_the_empty_string(tokenizer, make_backbone, tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "output"), [("classifier", "probabilities"), ("translator", "texts"), ("language model", "texts")]
+)
+def test_the_empty_batch_and_the_empty_string(tokenizer, written, kind, output):
     import tensorflow as tf
 
-    for name, make in (("one", classifier), ("two", translator)):
-        make(tokenizer).export(tmp_path / name)
-    language_model(tokenizer, make_backbone).export(tmp_path / "three")
-    for name, output in (("one", "probabilities"), ("two", "texts"), ("three", "texts")):
-        serve = tf.saved_model.load(str(tmp_path / name)).signatures["serving_default"]
-        assert serve(tf.constant([], tf.string))[output].shape[0] == 0
-        assert serve(tf.constant([""]))[output].shape[0] == 1
-        with tf.compat.v1.Session(graph=tf.Graph()) as session:
-            tf.compat.v1.saved_model.load(session, ["serve"], str(tmp_path / name))
-            session.graph.finalize()
+    _, directory = written(kind, tokenizer)
+    serve = tf.saved_model.load(str(directory)).signatures["serving_default"]
+    assert serve(tf.constant([], tf.string))[output].shape[0] == 0
+    assert serve(tf.constant([""]))[output].shape[0] == 1
+    with tf.compat.v1.Session(graph=tf.Graph()) as session:
+        tf.compat.v1.saved_model.load(session, ["serve"], str(directory))
+        session.graph.finalize()
 
 
 @needs_tensorflow
-def test_weights_are_stored_once(tokenizer, tmp_path):
-    model = classifier(tokenizer)
-    model.export(tmp_path / "model")
+def test_weights_are_stored_once(tokenizer, written):
+    model, directory = written("classifier", tokenizer)
     bytes_of_weights = sum(int(np.prod(v.shape)) * 4 for v in model.variables)
-    stored = sum(p.stat().st_size for p in (tmp_path / "model" / "variables").iterdir())
+    stored = sum(p.stat().st_size for p in (directory / "variables").iterdir())
     assert stored < 1.05 * bytes_of_weights + 20_000
 
 
@@ -253,15 +261,14 @@ def test_other_problems(tokenizer, tmp_path, problem_type):
 
 
 @needs_tensorflow
-def test_a_large_text_is_cut_and_bounded(tokenizer, tmp_path):
-    model = classifier(tokenizer)
-    model.export(tmp_path / "model")
+def test_a_large_text_is_cut_and_bounded(tokenizer, written):
+    model, directory = written("classifier", tokenizer)
     large = ["a good film " * 90_000, "a" * 1_000_000, "好" * 400_000]
-    found = call(tmp_path / "model", "classify", large)["probabilities"]
+    found = call(directory, "classify", large)["probabilities"]
     with pytest.warns(UserWarning, match="3 of 3 texts are longer"):
         expected = np.asarray(model.probabilities(model.predict(large, verbose=0)))
     np.testing.assert_allclose(found, expected, atol=1e-6)
-    assert np.isfinite(call(tmp_path / "model", "classify", [b"\xff\xfe broken"])["probabilities"]).all()
+    assert np.isfinite(call(directory, "classify", [b"\xff\xfe broken"])["probabilities"]).all()
 
 
 @needs_tensorflow
@@ -399,17 +406,16 @@ def test_formats_that_are_refused(tokenizer, tmp_path):
 @needs_tensorflow
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-def test_a_program_in_cpp(vocabulary, make_backbone, tmp_path):
+def test_a_program_in_cpp(vocabulary, written, tmp_path):
     import tensorflow as tf
 
-    model = language_model(vocabulary, make_backbone, max_new_tokens=8)
-    model.export(tmp_path / "model")
+    model, directory = written("language model", vocabulary)
     libraries = pathlib.Path(tf.sysconfig.get_lib())
     program = pathlib.Path(__file__).with_name("consumer.cc")
     command = ["g++", "-std=c++17", program, "-o", tmp_path / "consumer", *tf.sysconfig.get_compile_flags()]
     command += [f"-L{libraries}", "-l:libtensorflow_cc.so.2", "-l:libtensorflow_framework.so.2"]
     subprocess.run([*map(str, command), f"-Wl,-rpath,{libraries}"], check=True)
-    arguments = [tmp_path / "consumer", tmp_path / "model", *tensor_names(tmp_path / "model", "texts"), *TEXTS[:3]]
+    arguments = [tmp_path / "consumer", directory, *tensor_names(directory, "texts"), *TEXTS[:3]]
     done = subprocess.run([*map(str, arguments)], capture_output=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     texts = done.stdout.decode().split("\0")[:-1]
@@ -439,11 +445,10 @@ def test_without_a_preprocessor_it_takes_ids(make_backbone, tmp_path):
 
 
 @needs_tensorflow
-def test_ids_go_in_beside_strings(tokenizer, make_backbone, tmp_path):
-    model = language_model(tokenizer, make_backbone)
-    model.export(tmp_path / "model")
+def test_ids_go_in_beside_strings(tokenizer, written):
+    model, directory = written("language model", tokenizer)
     ids, mask = np.array([[5, 8, 2]]), np.ones((1, 3))
-    found = call(tmp_path / "model", "logits", ids, mask)["logits"]
+    found = call(directory, "logits", ids, mask)["logits"]
     np.testing.assert_allclose(found, model.predict({"token_ids": ids, "padding_mask": mask}, verbose=0), atol=1e-5)
 
 

@@ -5,9 +5,9 @@ import importlib.util
 import os
 import pathlib
 import re
-import shutil
 from typing import Any
 
+from keras_llama.beside import folder_beside
 from keras_llama.checkpoints import gguf, gguf_tokenizer, hf, kerashub, llama2c, loader
 from keras_llama.checkpoints.checkpoint import Checkpoint
 from keras_llama.checkpoints.mapping import HEADS
@@ -175,10 +175,7 @@ def write_directory(task, settings, path, own=None, overwrite=False, shard_bytes
     path = pathlib.Path(path)
     if path.exists() and (not path.is_dir() or any(path.iterdir())) and not overwrite:
         raise invalid("`path` must be a directory that is new or empty.", "Or pass overwrite=True.", path=str(path))
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with folder_beside(path) as unfinished:
         hf.write(
             unfinished, settings["fields"], _tensors(task, settings["prefix"]), settings["files"],
             settings["generation"], own, shard_bytes,
@@ -190,8 +187,6 @@ def write_directory(task, settings, path, own=None, overwrite=False, shard_bytes
             os.replace(unfinished / name, path / name)
         for file in stale:
             file.unlink()
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _tensors(task, prefix):

@@ -2,11 +2,11 @@
 
 import os
 import pathlib
-import shutil
 import warnings
 from typing import Any
 
 from keras_llama import backend
+from keras_llama.beside import folder_beside
 from keras_llama.config import invalid
 from keras_llama.export import elsewhere
 
@@ -18,18 +18,13 @@ def export(task, filepath, format: str, overwrite: bool = False) -> None:
         raise invalid("`filepath` must not exist.", "Or pass overwrite=True.", filepath=str(path))
     if task.dtype_policy.name != "float32":
         raise invalid("The model must be float32.", 'Load it with dtype="float32".', dtype=task.dtype_policy.name)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    try:
-        unfinished.mkdir(parents=True)
+    with folder_beside(path) as unfinished:
         if backend.name() == runs_on:
             write(task, unfinished / path.name)
         else:
             elsewhere.export(runs_on, task, unfinished / path.name, format=format)
         for file in sorted(unfinished.iterdir(), reverse=True):  # ONNX has weights of 2 GB and more in a file beside
             os.replace(file, path.with_name(file.name))
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write_onnx(task, path: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from keras_llama import backend
+from keras_llama.beside import folder_beside
 from keras_llama.config import invalid
 from keras_llama.export import elsewhere
 from keras_llama.export.graph_text import GraphText
@@ -42,16 +43,15 @@ def export(task, filepath, overwrite: bool = False, versioned: bool = False, jit
         raise invalid("`jit` needs a preprocessor, whose texts go up to buckets of lengths.", jit=jit)
     if task.preprocessor is None:
         warnings.warn("The SavedModel takes token ids: the task has no preprocessor for strings.", stacklevel=3)
-    unfinished, former = (path.with_name(f".{path.name}.{state}") for state in ("unfinished", "former"))
+    former = path.with_name(f".{path.name}.former")
     if former.exists() and not path.exists():  # an export was cut off between its two renames
         os.replace(former, path)
     if path.exists() and not overwrite and (not path.is_dir() or any(path.iterdir())):
         raise invalid(
             "`filepath` must be a directory that is new or empty.", "Or pass overwrite=True.", filepath=str(path)
         )
-    shutil.rmtree(unfinished, ignore_errors=True)
-    inside = unfinished / "1" if versioned else unfinished
-    try:
+    with folder_beside(path) as unfinished:
+        inside = unfinished / "1" if versioned else unfinished
         if backend.name() == "tensorflow":
             _write(task, inside, jit)
         else:
@@ -65,8 +65,6 @@ def export(task, filepath, overwrite: bool = False, versioned: bool = False, jit
             if former.exists():
                 os.replace(former, path)
             raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     shutil.rmtree(former, ignore_errors=True)
     if needed:
         warnings.warn(f"Whoever loads the SavedModel must import {', '.join(needed)} for its vocabulary.", stacklevel=3)
