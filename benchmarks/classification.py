@@ -36,10 +36,11 @@ def train_peer(args, recipe, train, validation, asked, labels):
     import keras
 
     peer = PEERS[args.child]
-    preprocessor = classifiers.build(recipe, [row[0] for row in train], labels).preprocessor
+    classifier = classifiers.build(recipe, [row[0] for row in train], labels)
+    preprocessor = classifier.preprocessor
     length = percentile(preprocessor, train) if peer.padded else None
     keras.utils.set_random_seed(recipe.seed)
-    model = peer.build(preprocessor.tokenizer.vocabulary_size, len(labels))
+    model = peer.build(classifier, len(labels))
     recipe.learning_rate, model.head = peer.learning_rate, "dense"
     model.compile(
         loss=keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=recipe.label_smoothing),
@@ -71,7 +72,7 @@ def train_project(args, recipe, train, validation, asked, labels):
     model = classifiers.build(recipe, texts, labels)
     started = time.perf_counter()
     if recipe.pretrain_epochs:
-        classifiers.pretrain(recipe, [model], texts)
+        classifiers.pretrain(recipe, [model], texts, [])
     history = classifiers.train(recipe, model, train, validation)
     seconds = time.perf_counter() - started
     logits = model.predict([row[0] for row in asked], verbose=0)

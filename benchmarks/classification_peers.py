@@ -10,7 +10,10 @@ SIZE = "tiny"
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A network that is not this project's, with its settings."""
+    """A network that is not this project's, with its settings.
+
+    `build` is given this project's classifier, whose vocabulary it shares, and the number of classes.
+    """
 
     build: Callable
     learning_rate: float
@@ -24,46 +27,54 @@ def masked_mean(hidden, mask):
     return ops.sum(hidden * real, axis=1) / ops.maximum(ops.sum(real, axis=1), 1.0)
 
 
+def _vocabulary(classifier) -> int:
+    return classifier.preprocessor.tokenizer.vocabulary_size
+
+
 def inputs():
     import keras
 
     return {name: keras.Input((None,), dtype="int32", name=name) for name in ("token_ids", "padding_mask")}
 
 
-def lstm(vocabulary: int, classes: int):
+def lstm(classifier, classes: int):
     """The article's model: an embedding, three LSTMs, a dense layer."""
     import keras
 
     given = inputs()
     real = keras.ops.cast(given["padding_mask"], "bool")
-    x = keras.layers.Dropout(0.3)(keras.layers.Embedding(vocabulary, 64)(given["token_ids"]))
+    x = keras.layers.Dropout(0.3)(keras.layers.Embedding(_vocabulary(classifier), 64)(given["token_ids"]))
     for last in (False, False, True):
         x = keras.layers.LSTM(128, return_sequences=not last)(x, mask=real)
     return keras.Model(given, keras.layers.Dense(classes)(keras.layers.Dropout(0.4)(x)))
 
 
-def keras_hub(vocabulary: int, classes: int):
+def keras_hub(classifier, classes: int):
     import keras
     import keras_hub
 
     import keras_llama
 
     given = inputs()
-    backbone = keras_hub.models.Llama3Backbone(vocabulary_size=vocabulary, **keras_llama.size(SIZE), dropout=0.1)
+    options = {"vocabulary_size": _vocabulary(classifier), "dropout": 0.1}
+    backbone = keras_hub.models.Llama3Backbone(**options, **keras_llama.size(SIZE))
     pooled = masked_mean(backbone(given), given["padding_mask"])
     return keras.Model(given, keras.layers.Dense(classes)(keras.layers.Dropout(0.4)(pooled)))
 
 
-def embeddings(vocabulary: int, classes: int):
+def embeddings(classifier, classes: int):
     """This project's inputs, n-grams included, without blocks."""
     import keras
 
     from keras_llama.ngrams import NgramEmbedding
 
     given = inputs()
-    x = keras.layers.Embedding(vocabulary, 128)(given["token_ids"])
-    x += NgramEmbedding(buckets=65_536, width=128)(given["token_ids"], given["padding_mask"])
-    pooled = masked_mean(keras.layers.Dropout(0.3)(x), given["padding_mask"])
+    known, size = classifier.backbone.ngram_embedding, _vocabulary(classifier)
+    ngrams = NgramEmbedding(vocabulary_size=size, length=known.length, width=known.width, dropout=0.5)
+    x = keras.layers.Dropout(0.5)(keras.layers.Embedding(size, known.width)(given["token_ids"]))
+    x += ngrams(given["token_ids"], given["padding_mask"])
+    ngrams.know(known.codes, known.characters)
+    pooled = masked_mean(x, given["padding_mask"])
     return keras.Model(given, keras.layers.Dense(classes)(keras.layers.Dropout(0.4)(pooled)))
 
 

@@ -23,7 +23,7 @@ def child(library: str, data: list[str]) -> Callable[[str], float]:
     """Examples a second of an epoch, by "padded" or "natural"."""
     import keras
 
-    recipe = classification.parser().parse_args([*data, "--ngram-buckets", "0", "--dropout", "0.1"])
+    recipe = classification.parser().parse_args([*data, "--ngram-count", "0", "--embedding-dropout", "0.1"])
     train, *_, labels = classification.load(recipe)
     train = common.sample(train, BATCHES * BATCH)
     texts = [row[0] for row in train]
@@ -31,7 +31,7 @@ def child(library: str, data: list[str]) -> Callable[[str], float]:
     preprocessor = model.preprocessor
     length = percentile(preprocessor, train)
     if library == "keras_hub":
-        model = keras_hub(preprocessor.tokenizer.vocabulary_size, len(labels))
+        model = keras_hub(model, len(labels))
     loss = keras.losses.CategoricalCrossentropy(from_logits=True)
     jit: Any = "auto" if library == "keras_llama" else False
     model.compile(keras.optimizers.AdamW(1e-3), loss, metrics=["accuracy"], jit_compile=jit)

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 import keras_llama
 from benchmarks.tokenize_speed import texts
-from keras_llama.subword import open_tokenizer
+from keras_llama.opening import open_tokenizer
 
 PROMPT = "The river ran through the valley, and on its banks the old town"
 NEW = 128

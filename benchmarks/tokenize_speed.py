@@ -48,7 +48,7 @@ def main() -> None:
     import sentencepiece
     import tokenizers
 
-    from keras_llama.subword import open_tokenizer
+    from keras_llama.opening import open_tokenizer
 
     lines = texts(args.data)
     characters = sum(map(len, lines))

@@ -25,6 +25,7 @@ from keras_llama.losses import Perplexity, TokenCrossentropy
 from keras_llama.preprocessing import TextPreprocessor
 from keras_llama.scores import TranslationScores, translation_scores
 from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
+from keras_llama.spelled import SpelledTokenizer
 from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "LlamaTextClassifier",
     "Perplexity",
     "SentencePieceTokenizer",
+    "SpelledTokenizer",
     "TextPreprocessor",
     "TokenCrossentropy",
     "TranslationScores",

@@ -34,10 +34,17 @@ class Stack:
             name=f"{prefix}token_embedding",
         )
         self.ngram_embedding = None
-        if config.ngram_buckets:
-            options = {"buckets": config.ngram_buckets, "width": config.hidden_dim, "dtype": dtype}
-            self.ngram_embedding = NgramEmbedding(name=f"{prefix}ngram_embedding", **options)
-        self.embedding_dropout = keras.layers.Dropout(config.dropout, dtype=dtype, name=f"{prefix}embedding_dropout")
+        rate = config.dropout if config.embedding_dropout is None else config.embedding_dropout
+        if config.num_ngrams:
+            self.ngram_embedding = NgramEmbedding(
+                vocabulary_size=config.vocabulary_size,
+                length=config.num_ngrams,
+                width=config.hidden_dim,
+                dropout=rate,
+                dtype=dtype,
+                name=f"{prefix}ngram_embedding",
+            )
+        self.embedding_dropout = keras.layers.Dropout(rate, dtype=dtype, name=f"{prefix}embedding_dropout")
         self.positions = LlamaPositions(
             head_dim=config.head_dim,
             rope_max_wavelength=config.rope_max_wavelength,
@@ -71,10 +78,9 @@ class Stack:
 
     def run(self, token_ids, padding_mask, cache=None, index=0, memory=None, memory_mask=None):
         """Hidden states (B, T, D) and a (key, value) pair per block; `memory` is one for all blocks or one for each."""
-        x = self.token_embedding(token_ids)
+        x = self.embedding_dropout(self.token_embedding(token_ids))
         if self.ngram_embedding is not None:
             x += self.ngram_embedding(token_ids, padding_mask)
-        x = self.embedding_dropout(x)
         cos, sin, mask = self.positions(token_ids, padding_mask, index=index)
         run, pairs = BlockRunner() if cache is not None else keras.Layer.__call__, []
         for i, block in enumerate(self.blocks):
@@ -91,7 +97,7 @@ class Stack:
 
 def _initial_scale(config):
     """1, which blocks do not drown; small where the matrix makes logits, too, or learns beside n-grams."""
-    return config.hidden_dim**-0.5 if config.tie_word_embeddings or config.ngram_buckets else 1.0
+    return config.hidden_dim**-0.5 if config.tie_word_embeddings or config.num_ngrams else 1.0
 
 
 def check_cache(cache, token_ids, padding_mask, index):
@@ -123,6 +129,11 @@ class Backbone(keras.Model):
     def token_embedding(self):
         """The embedding layer of the tokens that come out; called with `reverse=True` it is the tied head."""
         return self._stack.token_embedding
+
+    @property
+    def ngram_embedding(self):
+        """The layer whose `know` takes the list of n-grams; `None` without n-grams."""
+        return self._stack.ngram_embedding
 
     @property
     def blocks(self):
@@ -207,9 +218,9 @@ class LlamaBackbone(Backbone):
         if cache is not None:
             if not self.config.causal:
                 raise invalid("`cache` needs a causal backbone.", "Run the whole text at once.", causal=False)
-            if self.config.ngram_buckets:
-                buckets = self.config.ngram_buckets
-                raise invalid("`cache` needs a backbone without n-grams.", "Run the whole text.", ngram_buckets=buckets)
+            if self.config.num_ngrams:
+                number = self.config.num_ngrams
+                raise invalid("`cache` needs a backbone without n-grams.", "Run the whole text.", num_ngrams=number)
             check_cache(cache, token_ids, padding_mask, index)
         return self._stack.run(token_ids, padding_mask, cache, index)
 

@@ -143,11 +143,12 @@ class LlamaConfig:
         tie_word_embeddings: whether the language-model head is the embedding matrix.
         attention_bias: bias in the query, key, value and output projections.
         mlp_bias: bias in the gate, up and down projections.
-        dropout: rate on the embeddings and on each sub-layer's output while training.
+        dropout: rate on each sub-layer's output while training.
+        embedding_dropout: rate on the embeddings while training; `None` means that of `dropout`.
         causal: `False` lets every token see the whole text (encoders, classifiers).
         context_length: longest text that the weights were trained for, in tokens; `None` if unknown.
-        ngram_buckets: rows of a table of pairs and triples of tokens, whose vectors are added to the tokens'; 0 for
-            none, as every published LLaMA has it. Such a model reads whole texts and does not generate.
+        num_ngrams: how many characters, pairs and triples have vectors that are added to the tokens'; 0 as every
+            published LLaMA has it. Such a model reads whole texts and does not generate.
         final_norm: whether an RMSNorm ends the blocks, as in every published LLaMA. Without it a token may weigh more
             than another in a mean over the text.
 
@@ -172,9 +173,10 @@ class LlamaConfig:
     attention_bias: bool = False
     mlp_bias: bool = False
     dropout: float = 0.0
+    embedding_dropout: float | None = None
     causal: bool = True
     context_length: int | None = None
-    ngram_buckets: int = 0
+    num_ngrams: int = 0
     final_norm: bool = True
 
     def __post_init__(self) -> None:
@@ -189,10 +191,12 @@ class LlamaConfig:
             if not _positive(getattr(self, name)):
                 raise invalid(f"`{name}` must be a positive number.", **{name: getattr(self, name)})
             object.__setattr__(self, name, float(getattr(self, name)))  # files name the type of a number
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, (int, float)) or not 0 <= self.dropout < 1:
-            raise invalid("`dropout` must lie in [0, 1).", dropout=self.dropout)
-        if isinstance(self.ngram_buckets, bool) or not isinstance(self.ngram_buckets, int) or self.ngram_buckets < 0:
-            raise invalid("`ngram_buckets` must be an integer of at least 0.", ngram_buckets=self.ngram_buckets)
+        for name in ("dropout",) if self.embedding_dropout is None else ("dropout", "embedding_dropout"):
+            rate = getattr(self, name)
+            if isinstance(rate, bool) or not isinstance(rate, (int, float)) or not 0 <= rate < 1:
+                raise invalid(f"`{name}` must lie in [0, 1).", **{name: rate})
+        if isinstance(self.num_ngrams, bool) or not isinstance(self.num_ngrams, int) or self.num_ngrams < 0:
+            raise invalid("`num_ngrams` must be an integer of at least 0.", num_ngrams=self.num_ngrams)
         for name in ["tie_word_embeddings", "attention_bias", "mlp_bias", "causal", "final_norm"]:
             if not isinstance(getattr(self, name), bool):
                 raise invalid(f"`{name}` must be True or False.", **{name: getattr(self, name)})
@@ -232,10 +236,8 @@ class LlamaSeq2SeqConfig(LlamaConfig):
         super().__post_init__()
         if not self.causal:
             raise invalid("`causal` must be True: a decoder must not see the token it predicts.", causal=self.causal)
-        if self.ngram_buckets:
-            raise invalid(
-                "`ngram_buckets` must be 0: such a model does not generate.", ngram_buckets=self.ngram_buckets
-            )
+        if self.num_ngrams:
+            raise invalid("`num_ngrams` must be 0: such a model does not generate.", num_ngrams=self.num_ngrams)
         if not isinstance(self.share_embeddings, bool):
             raise invalid("`share_embeddings` must be True or False.", share_embeddings=self.share_embeddings)
         layers = self.num_layers if self.num_encoder_layers is None else self.num_encoder_layers

@@ -6,7 +6,7 @@ import io
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 from keras_llama import tokenizer_files
 from keras_llama.config import invalid
@@ -16,27 +16,8 @@ from keras_llama.tokenizer_files import JSON, MODEL
 
 _SPECIALS: dict[str, Any] = {"unk_id": 0, "bos_id": 1, "eos_id": 2, "pad_id": 3}  # LLaMA's first three, and padding
 _NAMES = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
-_IDEOGRAPH = "[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-_BESIDE_IDEOGRAPH = re.compile(f"(?<={_IDEOGRAPH})(?=.)|(?<=.)(?={_IDEOGRAPH})", re.DOTALL)
-
-
-def open_tokenizer(files: Mapping[str, bytes]) -> Tokenizer:
-    """The tokenizer of a set of files: `tokenizer.json`, or `tokenizer.model` (SentencePiece or tiktoken).
-
-    Raises:
-        ValueError: if there is neither, or the file is broken.
-
-    >>> trained = SentencePieceTokenizer.train(["a good film"], vocabulary_size=280)
-    >>> open_tokenizer(trained.files).encode(["good"]) == trained.encode(["good"])
-    True
-    """
-    if JSON in files:
-        return BytePairTokenizer(files)
-    if MODEL not in files:
-        raise invalid(f"Expected {JSON} or {MODEL} among the tokenizer's files.", files=sorted(files))
-    if tokenizer_files.is_tiktoken(files[MODEL]):
-        return BytePairTokenizer({**tokenizer_files.from_tiktoken(files[MODEL]), **files})
-    return SentencePieceTokenizer(files)
+IDEOGRAPH = "[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+_BESIDE_IDEOGRAPH = re.compile(f"(?<={IDEOGRAPH})(?=.)|(?<=.)(?={IDEOGRAPH})", re.DOTALL)
 
 
 @register
@@ -170,7 +151,7 @@ class SentencePieceTokenizer(Tokenizer):
         vocabulary_size: int = 8_000,
         character_coverage: float = 0.9995,
         split_ideographs: bool = False,
-    ) -> "SentencePieceTokenizer":
+    ) -> Self:
         """Learns a byte-pair vocabulary of at most `vocabulary_size` pieces from `texts`.
 
         Args:
@@ -227,7 +208,12 @@ class SentencePieceTokenizer(Tokenizer):
                 vocabulary_size=vocabulary_size,
                 number_of_texts=len(texts),
             ) from error
-        return cls(tokenizer_files.from_sentencepiece(written.getvalue(), {**_NAMES, "add_bos_token": True}))
+        return cls(cls._files_of(written.getvalue()))
+
+    @staticmethod
+    def _files_of(model: bytes) -> dict[str, bytes]:
+        """The files of a model that `train` learned."""
+        return tokenizer_files.from_sentencepiece(model, {**_NAMES, "add_bos_token": True})
 
     @property
     def vocabulary_size(self) -> int:

@@ -234,7 +234,7 @@ def _json_files(
     }
     # A class that takes tokenizer.json as it is: "LlamaTokenizer" puts parts of its own in.
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **roles}
-    return {JSON: _dump(document), SETTINGS: _dump(settings, indent=2)}
+    return {JSON: dump(document), SETTINGS: dump(settings, indent=2)}
 
 
 def _added(text: str, token: int, control: bool) -> dict[str, Any]:
@@ -284,7 +284,8 @@ def frame_ids(post_processor: Mapping[str, Any] | None) -> tuple[list[int], list
     return before, after
 
 
-def _dump(document: Any, indent: int | None = None) -> bytes:
+def dump(document: Any, indent: int | None = None) -> bytes:
+    """A document as a JSON file holds it."""
     return (json.dumps(document, ensure_ascii=False, indent=indent) + "\n").encode()
 
 

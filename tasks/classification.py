@@ -56,17 +56,17 @@ def prepare(args):
     for number in range(args.models):
         keras.utils.set_random_seed(args.seed + number)
         models.append(classifiers.build(args, texts, rows[3], number))
-    return rows, models, texts + more
+    return rows, models, more
 
 
-def fit(args, models, texts, rows, validation):
+def fit(args, models, more, rows, validation):
     """Trains the models one after another: the classifier that all of them make, and each one's history."""
     import keras
 
     import keras_llama
 
     if args.pretrain_epochs:
-        classifiers.pretrain(args, models, texts)
+        classifiers.pretrain(args, models, [text for text, *_ in rows], more)
     histories = []
     for number, model in enumerate(models):
         keras.utils.set_random_seed(args.seed + number)
@@ -74,14 +74,14 @@ def fit(args, models, texts, rows, validation):
     return models[0] if len(models) == 1 else keras_llama.LlamaClassifierEnsemble(models), histories
 
 
-def run(args, models, texts, train_rows, validation, test_rows, labels):
+def run(args, models, more, train_rows, validation, test_rows, labels):
     import keras
     from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 
     print(f"{len(train_rows)} texts to train on, {len(validation)} to validate, {len(test_rows)} to test; {labels}")
     models[0].summary()
     started = time.perf_counter()
-    model, histories = fit(args, models, texts, train_rows, validation)
+    model, histories = fit(args, models, more, train_rows, validation)
     seconds = time.perf_counter() - started
 
     texts, truth = [row[0] for row in test_rows], [row[1] for row in test_rows]
@@ -123,8 +123,14 @@ def parser():
     flags = common.parser("classification", __doc__, size="tiny", epochs=3, batch_size=128, learning_rate=2e-3)
     flags.add_argument("--vocabulary-size", type=common.positive, default=8000)
     flags.add_argument("--sequence-length", type=common.positive, default=128, help="tokens; longer texts are cut")
-    flags.add_argument("--ngram-buckets", type=common.natural, default=131072, help="0 leaves pairs and triples out")
-    flags.add_argument("--dropout", type=common.share, default=0.5)
+    flags.add_argument(
+        "--ngram-count",
+        type=common.natural,
+        default=3,
+        help="an n-gram must stand so often in the texts; 0: none",
+    )
+    flags.add_argument("--dropout", type=common.share, default=0.1, help="of the blocks")
+    flags.add_argument("--embedding-dropout", type=common.share, default=0.5)
     flags.add_argument("--head-dropout", type=common.share, default=0.4)
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.2)
     flags.add_argument("--label-smoothing", type=common.share, default=0.1)
@@ -142,11 +148,11 @@ def main(arguments=None):
     flags = parser()
     args = flags.parse_args(arguments)
     try:
-        rows, models, texts = prepare(args)
+        rows, models, more = prepare(args)
     except ValueError as error:
         flags.error(str(error))
     try:
-        run(args, models, texts, *rows)
+        run(args, models, more, *rows)
     except common.DataError as error:
         flags.error(str(error))
 

@@ -16,11 +16,10 @@ def build(args, texts, labels, number=0):
         if model.labels != labels:
             raise common.DataError(f"--preset {args.preset}: expected a classifier with the labels {labels}.")
         return model
-    # A Chinese character is a token; n-grams make words of them.
-    tokenizer = keras_llama.SentencePieceTokenizer.train(texts, args.vocabulary_size, split_ideographs=True)
+    tokenizer = keras_llama.SpelledTokenizer.train(texts, args.vocabulary_size)
     preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length)
     return keras_llama.LlamaTextClassifier(
-        backbone(args, tokenizer, causal=False),  # a classifier may read the whole text at once
+        backbone(args, preprocessor, texts, causal=False),  # a classifier may read the whole text at once
         labels=labels,
         preprocessor=preprocessor,
         pooling="mean",
@@ -29,31 +28,40 @@ def build(args, texts, labels, number=0):
     )
 
 
-def backbone(args, tokenizer, causal):
+def backbone(args, preprocessor, texts, causal):
+    """Blocks over the characters of `preprocessor`, and the characters, pairs and triples that `texts` hold often."""
     import keras_llama
+    from keras_llama import ngrams
 
-    return keras_llama.LlamaBackbone(
-        vocabulary_size=tokenizer.vocabulary_size,
+    characters, listed = preprocessor.tokenizer.characters, []
+    if args.ngram_count:
+        listed = ngrams.frequent(preprocessor.encode(texts), characters, args.ngram_count)
+    made = keras_llama.LlamaBackbone(
+        vocabulary_size=preprocessor.tokenizer.vocabulary_size,
         **keras_llama.size(args.size),
         dropout=args.dropout,
+        embedding_dropout=args.embedding_dropout,
         causal=causal,
-        ngram_buckets=args.ngram_buckets,
+        num_ngrams=len(listed),
         final_norm=causal,  # in a mean over the text some tokens weigh more than others
         dtype=args.precision,
     )
+    if len(listed):
+        made.ngram_embedding.know(listed, characters)
+    return made
 
 
-def pretrain(args, models, texts):
-    """Trains the blocks as a causal language model on `texts`, then gives their weights to the classifiers."""
+def pretrain(args, models, texts, more):
+    """Trains the blocks as a causal language model on `texts` and `more`, then gives the classifiers their weights."""
     import keras
 
     import keras_llama
 
     tokenizer = models[0].preprocessor.tokenizer
     preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length, add_eos=True)
-    lm = keras_llama.LlamaCausalLM(backbone(args, tokenizer, causal=True), preprocessor)
-    lm.compile(**common.compile_options(lm, args, len(texts), args.pretrain_epochs))
-    _fit(args, lm, "pretraining", texts, batch_size=args.batch_size, epochs=args.pretrain_epochs)
+    lm = keras_llama.LlamaCausalLM(backbone(args, models[0].preprocessor, texts, causal=True), preprocessor)
+    lm.compile(**common.compile_options(lm, args, len(texts + more), args.pretrain_epochs))
+    _fit(args, lm, "pretraining", texts + more, batch_size=args.batch_size, epochs=args.pretrain_epochs)
     learned = {weight.path: keras.ops.convert_to_numpy(weight) for weight in lm.backbone.weights}
     for weight in (weight for model in models for weight in model.backbone.weights):
         weight.assign(learned[weight.path])

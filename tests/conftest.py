@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import keras_llama
-from keras_llama.subword import open_tokenizer
+from keras_llama.opening import open_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from keras_llama import chat
-from keras_llama.subword import open_tokenizer
+from keras_llama.opening import open_tokenizer
 
 pytestmark = pytest.mark.plain
 

@@ -46,6 +46,8 @@ ORDER = [
     "chat",
     "tokenizer",
     "subword",
+    "spelled",
+    "opening",
     "batches",
     "preprocessing",
     "dialogue",

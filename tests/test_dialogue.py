@@ -9,7 +9,7 @@ from keras import ops
 
 import keras_llama
 from keras_llama.losses import TokenCrossentropy
-from keras_llama.subword import open_tokenizer
+from keras_llama.opening import open_tokenizer
 
 MESSAGES = [
     {"role": "system", "content": "a good film"},

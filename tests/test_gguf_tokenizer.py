@@ -11,7 +11,8 @@ import keras_llama
 from keras_llama import tokenizer_files
 from keras_llama.checkpoints import gguf
 from keras_llama.checkpoints.gguf_tokenizer import from_gguf, to_gguf
-from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer, open_tokenizer
+from keras_llama.opening import open_tokenizer
+from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer
 from keras_llama.tokenizer_files import from_sentencepiece
 
 pytestmark = pytest.mark.plain

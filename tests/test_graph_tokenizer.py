@@ -9,8 +9,8 @@ import vocabularies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_llama import tokenizer_files
-from keras_llama.subword import open_tokenizer
+from keras_llama import SpelledTokenizer, tokenizer_files
+from keras_llama.opening import open_tokenizer
 from keras_llama.tokenizer_files import MODEL
 
 if keras.config.backend() != "tensorflow":
@@ -47,7 +47,7 @@ def real(request, name):
     return vocabularies.load(data, name)
 
 
-@pytest.fixture(params=[*REAL, "tokenizer", "chat_tokenizer"])
+@pytest.fixture(params=[*REAL, "tokenizer", "chat_tokenizer", "spelled"])
 def python(request):
     """Each kind of tokenizer in Python."""
     return real(request, request.param) if request.param in REAL else request.getfixturevalue(request.param)
@@ -55,6 +55,11 @@ def python(request):
 
 def ragged(rows):
     return tf.RaggedTensor.from_row_lengths(np.concatenate([*rows, []]).astype("int32"), [*map(len, rows)])
+
+
+@pytest.fixture
+def spelled():
+    return SpelledTokenizer.train(["a good film", "a bad film", "很好的电影", "很差的电影"] * 5, 300)
 
 
 class Graph(GraphTokenizer):

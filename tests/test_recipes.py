@@ -104,10 +104,10 @@ def test_pretrains_averages_and_goes_on_after_an_interruption(tsv, tmp_path, cap
 
 def test_pretrained_weights_are_each_classifiers_own():
     """Arrays that two models share are gone, on JAX, when one of them is used."""
-    args = classification.parser().parse_args([*FAST, "--pretrain-epochs", "1", "--ngram-buckets", "50"])
+    args = classification.parser().parse_args([*FAST, "--pretrain-epochs", "1", "--ngram-count", "2"])
     texts = [text for text, _ in rows(16)]
     models = [classifiers.build(args, texts, ["a", "b"], number) for number in range(2)]
-    classifiers.pretrain(args, models, texts)
+    classifiers.pretrain(args, models, texts, [])
     answers = [[model.predict(texts, verbose=0) for model in models] for _ in range(2)]
     np.testing.assert_array_equal(*answers)
     for one, other in zip(*(model.backbone.weights for model in models), strict=True):
@@ -168,7 +168,7 @@ BAD_FLAGS = {
     "--size": ("enormous", "`size` must be one of"),
     "--vocabulary-size": ("5", "`vocabulary_size` must be at least"),
     "--dropout": ("1.5", "must lie in [0, 1)"),
-    "--ngram-buckets": ("-1", "at least 0"),
+    "--ngram-count": ("-1", "at least 0"),
     "--models": ("0", "at least 1"),
     "--class-weights": ("heavy", "invalid choice"),
     "--learning-rate": ("-1", "above 0"),

@@ -11,7 +11,8 @@ import vocabularies
 import keras_llama
 from keras_llama import tokenizer_files
 from keras_llama.checkpoints import gguf_tokenizer
-from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer, open_tokenizer
+from keras_llama.opening import open_tokenizer
+from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer
 
 pytestmark = pytest.mark.plain
 

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from keras_llama import tokenizer_files
-from keras_llama.subword import open_tokenizer
+from keras_llama.opening import open_tokenizer
 from keras_llama.tokenizer_files import from_tiktoken
 
 pytestmark = pytest.mark.plain

@@ -11,7 +11,8 @@ import pytest
 import sentencepiece
 
 from keras_llama.checkpoints import gguf, gguf_tokenizer
-from keras_llama.subword import SentencePieceTokenizer, open_tokenizer
+from keras_llama.opening import open_tokenizer
+from keras_llama.subword import SentencePieceTokenizer
 
 TEXTS = [
     "a good film",

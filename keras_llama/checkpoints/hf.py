@@ -84,7 +84,7 @@ _ARCHITECTURES = {
     "LlamaForQuestionAnswering": "qa_outputs",
     "LlamaSeq2SeqLM": "lm_head",  # ours, under `model_type` keras_llama
 }
-_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32"}
 PROBLEM_TYPES = {
     "single": "single_label_classification",
     "multi": "multi_label_classification",

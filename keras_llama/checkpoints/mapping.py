@@ -63,7 +63,10 @@ def _cross_attention() -> list[Row]:
 
 TABLE = [
     Row("token_embedding/embeddings", "embed_tokens.weight", "token_embd.weight", "token_embedding/embeddings"),
-    Row("ngram_embedding/embeddings", "embed_ngrams.weight"),  # ours alone
+    *(
+        Row(f"ngram_embedding/{ours}", f"embed_ngrams.{hf}")
+        for ours, hf in (("embeddings", "weight"), ("codes", "codes"), ("characters", "characters"))
+    ),  # ours alone
     _scale("attention_norm", "input_layernorm", "attn_norm", "self_attention_layernorm"),
     *_projection("attention/query", "self_attn.q_proj", "attn_q", "self_attention/query", rotated="query"),
     *_projection("attention/key", "self_attn.k_proj", "attn_k", "self_attention/key", rotated="key"),

@@ -45,8 +45,10 @@ class GraphTokenizer:
         self._ranks = tf.constant(np.append(found.ranks, _NEVER), tf.int32)
         self._results = tf.constant(np.append(found.results, -1), tf.int32)
         self._pieces = tf.constant(found.pieces)
-        self._longest = max(len(piece.decode("utf-8", "replace")) for piece in found.pieces)
+        pieces = [piece.decode("utf-8", "replace") for piece in found.pieces]
+        self._longest = max(map(len, found.spelling or pieces))
         self._by_bytes = not len(found.characters)
+        self._spelling = None if found.spelling is None else tf.ragged.constant(found.spelling, tf.int32)
         self._whole = _WholeWords(found.whole) if found.whole else None
         # Functions of their own: each is traced and stored once, however many signatures call it.
         strings, number = tf.TensorSpec([None], tf.string), tf.TensorSpec([], tf.int32)
@@ -69,7 +71,10 @@ class GraphTokenizer:
         texts = tf.strings.substr(as_utf8(texts), 0, characters, unit="UTF8_CHAR")
         words = self._words(texts)  # ragged (B, None)
         distinct, places = tf.unique(words.flat_values)
-        ids = tf.gather(self._word_ids(distinct), places)  # ragged, a row for each word
+        ids = self._word_ids(distinct)
+        if self._spelling is not None:
+            ids = tf.gather(self._spelling, ids).merge_dims(1, 2)
+        ids = tf.gather(ids, places)  # ragged, a row for each word
         return words.with_flat_values(ids).merge_dims(1, 2)
 
     def _decode(self, ids):

@@ -15,6 +15,7 @@ import numpy as np
 from keras_llama import tokenizer_files
 from keras_llama.config import invalid
 from keras_llama.export import words
+from keras_llama.spelled import SpelledTokenizer
 from keras_llama.subword import SentencePieceTokenizer
 from keras_llama.tokenizer import Tokenizer
 from keras_llama.tokenizer_files import BYTE, JSON, MODEL, NORMAL, SPACE, UNUSED, USER
@@ -40,6 +41,7 @@ class Tables:
         whole: words that are tokens, though no merges lead there, by their bytes.
         pieces: what each id is written as; nothing for control tokens.
         strip: whether a text that is decoded loses a space at its start.
+        spelling: the ids that each id found is spelled with, `None` if it stays as it is.
     """
 
     rules: list[words.Rule]
@@ -53,6 +55,7 @@ class Tables:
     whole: dict[bytes, int]
     pieces: list[bytes]
     strip: bool
+    spelling: list[list[int]] | None = None
 
 
 def tables(tokenizer: Tokenizer) -> Tables:
@@ -61,6 +64,8 @@ def tables(tokenizer: Tokenizer) -> Tables:
     Raises:
         ValueError: for a vocabulary, or a preparation of text, whose ids they would not give exactly.
     """
+    if isinstance(tokenizer, SpelledTokenizer):
+        return _spelled(_of_sentencepiece(tokenizer), tokenizer)
     if isinstance(tokenizer, SentencePieceTokenizer):
         return _of_sentencepiece(tokenizer)
     document = tokenizer_files.read_json(tokenizer.files, JSON)
@@ -91,6 +96,11 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Tables:
         tokenizer.vocabulary_size,
         normalizer.add_dummy_prefix,
     )
+
+
+def _spelled(found: Tables, tokenizer: SpelledTokenizer) -> Tables:
+    pieces = [found.pieces[i] for i in tokenizer.characters]
+    return dataclasses.replace(found, pieces=pieces, spelling=tokenizer.spelling)
 
 
 def _of_characters(document: Mapping[str, Any], size: int) -> Tables:
@@ -206,7 +216,7 @@ def _pairs(model: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _symbols_and_merges(
     byte_ids: list[int], ids: Mapping[str, int], pairs: list[tuple[str, str]], ranks: Iterable[int]
-) -> dict[str, np.ndarray]:
+) -> dict[str, Any]:
     def key(left: str, right: str) -> int:
         return (ids[left] << 32) + ids[right]
 

@@ -11,8 +11,9 @@ from keras_llama.beside import written_beside
 from keras_llama.checkpoints import hf, loader, mapping, presets
 from keras_llama.config import invalid
 from keras_llama.layers import no_random_weights
+from keras_llama.opening import open_tokenizer
 from keras_llama.preprocessing import TextPreprocessor
-from keras_llama.subword import open_tokenizer
+from keras_llama.spelled import SpelledTokenizer
 
 
 class Files(keras.Model):
@@ -85,7 +86,7 @@ class Files(keras.Model):
             "files": {} if tokenizer is None else tokenizer.files,
             "generation": {},
             "options": {},
-            "differs": _difference(config),
+            "differs": _difference(config, tokenizer),
         }
 
     def save_to_preset(self, directory, *, overwrite=False):
@@ -164,9 +165,11 @@ class Files(keras.Model):
             )
 
 
-def _difference(config):
+def _difference(config, tokenizer):
     """What other tools would compute otherwise, "" if nothing."""
-    if config.ngram_buckets:
+    if isinstance(tokenizer, SpelledTokenizer):
+        return "spelled subwords"
+    if config.num_ngrams:
         return "n-gram embeddings"
     if not config.final_norm:
         return "model without a last norm"
@@ -180,6 +183,7 @@ _OWN_FIELDS = (
     "context_length",
     "num_encoder_layers",
     "share_embeddings",
-    "ngram_buckets",
+    "num_ngrams",
+    "embedding_dropout",
     "final_norm",
 )
