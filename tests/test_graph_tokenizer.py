@@ -59,7 +59,7 @@ def ragged(rows):
 
 @pytest.fixture
 def spelled():
-    return SpelledTokenizer.train(["a good film", "a bad film", "很好的电影", "很差的电影"] * 5, 300)
+    return SpelledTokenizer.train(["a good film", "a bad film internationally", "很好的电影", "很差的电影"] * 5, 320)
 
 
 class Graph(GraphTokenizer):
@@ -93,6 +93,13 @@ def agree(python, graph, texts):
 @pytest.mark.parametrize("count", [2_000, pytest.param(20_000, marks=pytest.mark.slow)])
 def test_the_same_ids_and_texts(python, graph, shared_data, count):
     agree(python, graph, [*TRICKY, *vocabularies.sampled_texts(shared_data, count)])
+
+
+def test_the_first_ids_of_a_text_are_those_of_the_whole(python):
+    graph, texts = GraphTokenizer(tables(python)), ["a film internationally " * 9, "很好的电影很差的电影" * 9]
+    for most in (1, 7, 16):
+        found = graph.encode(tf.constant(texts), most).to_list()
+        assert [row[:most] for row in found] == [row[:most] for row in python.encode(texts)]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("llama2", "spm"), ("llama2 as tokenizer.json", "spm"), ("llama3", "bpe")])

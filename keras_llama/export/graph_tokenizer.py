@@ -46,7 +46,7 @@ class GraphTokenizer:
         self._results = tf.constant(np.append(found.results, -1), tf.int32)
         self._pieces = tf.constant(found.pieces)
         pieces = [piece.decode("utf-8", "replace") for piece in found.pieces]
-        self._longest = max(map(len, found.spelling or pieces))
+        self._longest = max(map(len, [*pieces, *(found.spelling or [])]))
         self._by_bytes = not len(found.characters)
         self._spelling = None if found.spelling is None else tf.ragged.constant(found.spelling, tf.int32)
         self._whole = _WholeWords(found.whole) if found.whole else None
