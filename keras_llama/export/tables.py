@@ -99,6 +99,7 @@ def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> Tables:
 
 
 def _spelled(found: Tables, tokenizer: SpelledTokenizer) -> Tables:
+    """The tables of the subwords, which find subwords and then spell them."""
     pieces = [found.pieces[i] for i in tokenizer.characters]
     return dataclasses.replace(found, pieces=pieces, spelling=tokenizer.spelling)
 
