@@ -15,7 +15,7 @@ demo: $(VENV)/demo
 demo-translation: $(VENV)/demo
 	KERAS_BACKEND=tensorflow $(RUN) -m tasks.translation $(DEMO_ARGS)
 
-# Tests compile much and run little: XLA need not optimise. What is slow or asks no backend runs on TensorFlow
+# Tests compile much and run little: XLA need not optimise. What is slow or is the same on each backend runs on TensorFlow
 # only, in processes of its own; `make test QUICK=` runs all of it on each backend.
 QUICK ?= not slow and not plain
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0

@@ -4,8 +4,8 @@
                                         [--models keras_llama lstm keras_hub embeddings linear]
 
 The split, the vocabulary, the validation rows and the batch size are the recipe's, whose flags may follow. Each network
-trains for `--epochs`, keeps the best epoch by the validation rows, and reads the test once; its seconds are told, not
-limited. One process for each model and seed; "mean" are the probabilities of the seeds averaged.
+trains for `--epochs`, keeps the best epoch by the validation rows if there are any, and reads the test once; its
+seconds are told, not limited. One process for each model and seed; "mean" are the probabilities of the seeds averaged.
 """
 
 import argparse
@@ -48,13 +48,14 @@ def train_peer(args, recipe, train, validation, asked, labels):
         **{**common.compile_options(model, recipe, len(train), recipe.epochs), "jit_compile": False},
     )
     best = keras.callbacks.EarlyStopping("val_accuracy", mode="max", patience=9, restore_best_weights=True)
+    held = batches(preprocessor, validation, labels, recipe.batch_size, length=length) if validation else None
     started = time.perf_counter()
     history = model.fit(
         batches(preprocessor, train, labels, recipe.batch_size, recipe.seed, length),
-        validation_data=batches(preprocessor, validation, labels, recipe.batch_size, length=length),
+        validation_data=held,
         epochs=recipe.epochs,
         shuffle=False,
-        callbacks=[best],
+        callbacks=[best] if validation else [],
         verbose=0,
     )
     seconds = time.perf_counter() - started
@@ -68,12 +69,10 @@ def train_project(args, recipe, train, validation, asked, labels):
     import keras
 
     keras.utils.set_random_seed(recipe.seed)
-    texts = [row[0] for row in train]
-    model = classifiers.build(recipe, texts, labels)
+    model = classifiers.build(recipe, [row[0] for row in train], labels)
+    more = classification.unlabelled(recipe)
     started = time.perf_counter()
-    if recipe.pretrain_epochs:
-        classifiers.pretrain(recipe, [model], texts, [])
-    history = classifiers.train(recipe, model, train, validation)
+    _, (history,) = classifiers.fit(recipe, [model], more, train, validation)
     seconds = time.perf_counter() - started
     logits = model.predict([row[0] for row in asked], verbose=0)
     return seconds, history, model.count_params(), np.asarray(model.probabilities(logits))
@@ -93,7 +92,9 @@ def child(args) -> None:
     np.savez(args.shares, shares=shares, truth=[labels.index(row[1]) for row in asked])
     told = {"seconds": seconds, "parameters": parameters, "epochs": len(history["loss"])}
     told["examples/s"] = len(train) * len(history["loss"]) / seconds
-    print(json.dumps({**told, "validation": max(history["val_accuracy"])}))
+    if validation:
+        told["validation"] = max(history["val_accuracy"])
+    print(json.dumps(told))
 
 
 def scores(shares, truth) -> str:

@@ -79,7 +79,7 @@ def embeddings(classifier, classes: int):
 
 
 PEERS = {
-    "lstm": Peer(lstm, 2e-3),
+    "lstm": Peer(lstm, 4e-3),
     "keras_hub": Peer(keras_hub, 1e-3, padded=True),
     "embeddings": Peer(embeddings, 2e-3),
 }

@@ -1,17 +1,19 @@
 """Training beside the peers in one run: tokens per second of `fit`, and peak memory of the process.
 
     python -m benchmarks.train [--shapes 4x256 1x2048] [--dtypes mixed_bfloat16 float32] [--rounds 3]
-                               [--engines keras_llama/tensorflow keras_hub/tensorflow-graph ...]
+                               [--engines keras_llama/tensorflow keras_hub/tensorflow-graph ...] [--lora 8]
 
 SmolLM2-135M's shape with random weights, AdamW, token cross-entropy on random ids. The engines take turns, several
 rounds, each in a new process (together they would not fit into memory): a step to compile and two to warm up, then
 two that count; medians over the rounds. "-graph" is Keras' `jit_compile=False`, "-xla" is True, "-remat" is
 `remat="block"`; without them it is the engine's own choice. Memory is the peak of resident pages of the whole
 process. The limit is 6 x parameters x tokens (forward and backward, attention left out) over the rate of a large
-matrix product by torch, measured here.
+matrix product by torch, measured here. With `--lora` adapters of that rank beside query and value are trained, by PEFT
+where Transformers stands, and the limit is 4 x, as no gradient of a kernel is asked for.
 """
 
 import argparse
+import functools
 import pathlib
 import statistics
 import time
@@ -37,7 +39,7 @@ USUAL = (
 )
 
 
-def keras_engine(name: str, dtype: str, batch: int):
+def keras_engine(name: str, dtype: str, batch: int, rank: int):
     """A function that fits token ids (rows, T) with Keras."""
     import keras
 
@@ -47,9 +49,13 @@ def keras_engine(name: str, dtype: str, batch: int):
     adam = keras.optimizers.AdamW(1e-4)
     if library == "keras_llama":
         lm = keras_llama_lm(dtype, remat="block" if way == "remat" else None)
+        if rank:
+            lm.enable_lora(rank, targets="query|value")
         lm.compile(adam, jit_compile=jit)
         return lambda ids: lm.fit(ids, batch_size=batch, shuffle=False, verbose=0)
     lm = keras_hub_lm(dtype)
+    if rank:
+        lm.backbone.enable_lora(rank)  # of itself beside query and value
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     lm.compile(optimizer=adam, loss=loss, weighted_metrics=["sparse_categorical_accuracy"], jit_compile=jit)
 
@@ -70,12 +76,16 @@ def keras_engine(name: str, dtype: str, batch: int):
     return fit
 
 
-def transformers_engine(dtype: str, batch: int):
+def transformers_engine(dtype: str, batch: int, rank: int):
     import torch
 
     half = dtype == "mixed_bfloat16"
-    model = transformers_lm("float32").train()
-    adam = torch.optim.AdamW(model.parameters(), 1e-4)
+    model = transformers_lm("float32" if half else dtype).train()
+    if rank:
+        import peft
+
+        model = peft.get_peft_model(model, peft.LoraConfig(r=rank, target_modules=["q_proj", "v_proj"]))
+    adam = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], 1e-4)
 
     def fit(ids):
         for rows in torch.tensor(ids, dtype=torch.long).split(batch):
@@ -88,9 +98,10 @@ def transformers_engine(dtype: str, batch: int):
     return fit
 
 
-def child(name: str, dtype: str, batch: int, length: int) -> Callable[[int], tuple[float, float]]:
+def child(name: str, dtype: str, batch: int, length: int, rank: int) -> Callable[[int], tuple[float, float]]:
     """The seconds of so many steps, and the peak of memory so far, in GiB."""
-    fit = transformers_engine(dtype, batch) if name.startswith("trans") else keras_engine(name, dtype, batch)
+    engine = transformers_engine if name.startswith("trans") else functools.partial(keras_engine, name)
+    fit = engine(dtype, batch, rank)
 
     def run(steps):
         ids = np.random.default_rng(0).integers(3, SHAPE["vocabulary_size"], (steps * batch, length)).astype("int32")
@@ -108,7 +119,7 @@ def arithmetic(dtype: str) -> float:
     import torch
 
     size = 2048
-    one = torch.ones((size, size), dtype=torch.bfloat16 if dtype == "mixed_bfloat16" else torch.float32)
+    one = torch.ones((size, size), dtype=getattr(torch, dtype.removeprefix("mixed_")))
     best = 0.0
     for _ in range(5):
         started = time.perf_counter()
@@ -117,13 +128,14 @@ def arithmetic(dtype: str) -> float:
     return best
 
 
-def compare(engines: list[str], dtype: str, batch: int, length: int, rounds: int) -> None:
-    limit = arithmetic(dtype) / (6 * PARAMETERS)
+def compare(engines: list[str], dtype: str, batch: int, length: int, rounds: int, rank: int) -> None:
+    limit = arithmetic(dtype) / ((4 if rank else 6) * PARAMETERS)
     print(f"\n{dtype}, {batch} x {length}; arithmetic allows {limit:.0f} tokens/s")
     taken: list[dict[str, tuple[float, float, float]]] = [{} for _ in range(rounds)]
     for times in taken:
         for name in engines:
-            engine = Engine("benchmarks.train", name, "--dtypes", dtype, "--shapes", f"{batch}x{length}")
+            flags = ("--dtypes", dtype, "--shapes", f"{batch}x{length}", "--lora", str(rank))
+            engine = Engine("benchmarks.train", name, *flags)
             first = engine.ask(1)[0]
             engine.ask(STEPS)  # Keras' second `fit` is slower than those after it
             times[name] = (*engine.ask(STEPS), first)
@@ -147,14 +159,16 @@ def main() -> None:
     flags.add_argument("--dtypes", nargs="+", default=["mixed_bfloat16", "float32"])
     flags.add_argument("--shapes", nargs="+", default=["4x256", "1x2048"], metavar="BxT")
     flags.add_argument("--rounds", type=int, default=3)
+    flags.add_argument("--lora", type=int, default=0, metavar="RANK")
     flags.add_argument("--child", choices=ENGINES, help=argparse.SUPPRESS)
     args = flags.parse_args()
     shapes = [tuple(map(int, shape.split("x"))) for shape in args.shapes]
     if args.child:
-        return serve(lambda: child(args.child, args.dtypes[0], *shapes[0]))
+        batch, length = shapes[0]
+        return serve(lambda: child(args.child, args.dtypes[0], batch, length, args.lora))
     for dtype in args.dtypes:
         for batch, length in shapes:
-            compare(args.engines, dtype, batch, length, args.rounds)
+            compare(args.engines, dtype, batch, length, args.rounds, args.lora)
     return None
 
 

@@ -22,6 +22,7 @@ from keras_llama.layers import (
     LlamaPositions,
 )
 from keras_llama.losses import Perplexity, TokenCrossentropy
+from keras_llama.memory import MemoryEstimate, estimate_memory
 from keras_llama.preprocessing import TextPreprocessor
 from keras_llama.scores import TranslationScores, translation_scores
 from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
@@ -46,6 +47,7 @@ __all__ = [
     "LlamaSeq2SeqConfig",
     "LlamaSeq2SeqLM",
     "LlamaTextClassifier",
+    "MemoryEstimate",
     "Perplexity",
     "SentencePieceTokenizer",
     "SpelledTokenizer",
@@ -53,6 +55,7 @@ __all__ = [
     "TokenCrossentropy",
     "TranslationScores",
     "create_llama_model",
+    "estimate_memory",
     "save_checkpoint",
     "set_memory_growth",
     "size",

@@ -131,6 +131,11 @@ class Backbone(keras.Model):
         return self._stack.token_embedding
 
     @property
+    def positions(self):
+        """The `LlamaPositions` of all blocks."""
+        return self._stack.positions
+
+    @property
     def ngram_embedding(self):
         """The layer whose `know` takes the list of n-grams; `None` without n-grams."""
         return self._stack.ngram_embedding

@@ -15,6 +15,7 @@ from keras_llama import backend
 from keras_llama import cache as kv_cache
 from keras_llama.attention import attend, attend_to_first, not_later, positions, same_segment, same_segment_or_all
 from keras_llama.config import check_heads, invalid, rope_options
+from keras_llama.lora import Projection
 from keras_llama.projections import project
 from keras_llama.rope import inverse_frequencies, rotary_angles, rotate
 
@@ -100,7 +101,7 @@ class LlamaPositions(keras.layers.Layer):
 
 def _dense(layer, units, name, scale=1.0):
     initializer = kernel_initializer(scale)
-    return keras.layers.Dense(
+    return Projection(
         units, use_bias=layer.use_bias, kernel_initializer=initializer, dtype=layer.dtype_policy, name=name
     )
 
@@ -294,7 +295,8 @@ class LlamaMLP(keras.layers.Layer):
 
         x = ops.cast(x, self.compute_dtype)
         gate, up = project(x, self.gate, self.up)
-        return (backend.remat_cheap(gated, self.down.trainable_variables) if training else gated)(gate, up)
+        again = training and not self.down.draws
+        return (backend.remat_cheap(gated, self.down.trainable_variables) if again else gated)(gate, up)
 
     @property
     def projections(self):

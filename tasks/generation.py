@@ -3,15 +3,19 @@
     python -m tasks.generation --prompt "The capital of France is"
     python -m tasks.generation --chat --prompt "What is gravity?" --temperature 0.7 --seed 1
     python -m tasks.generation --data stories.txt --size small --epochs 3 --prompt "Once upon a time"
+    python -m tasks.generation --data answers.jsonl --preset smollm2_135m_instruct --trainable lora --chat --prompt "Hi"
 
 Without --data the model is --preset, by default SmolLM2-135M-Instruct. With --data it is trained first,
-from scratch or from --preset, and saved as a folder that Transformers reads too.
+from scratch or from --preset, and saved as a folder that Transformers reads too. Of conversations only the responses
+are learned: --preview shows which tokens those are.
 """
 
+import argparse
+import itertools
 import pathlib
 import time
 
-from tasks import common, data, plots
+from tasks import common, data, memory, plots
 
 PRESET = "smollm2_135m_instruct"
 
@@ -20,9 +24,9 @@ def load(args):
     """Training, validation and test rows of --data."""
     rows = data.generation_rows(args.data)
     train, test = (rows, data.generation_rows(args.test_data)) if args.test_data else common.split(rows, 0.1)
-    train, validation = common.split(train, 0.1)
+    train, validation = common.split(train, args.validation_share)
     train, validation, test = (common.sample(part, args.limit) for part in (train, validation, test))
-    if not (train and validation and test):
+    if not (train and test and (validation or not args.validation_share)):
         raise common.DataError(f"Expected texts to train, validate and test on. Received: {len(rows)} rows.")
     return [[row for _, row in part] for part in (train, validation, test)]
 
@@ -51,26 +55,51 @@ def build(args, texts):
     return keras_llama.LlamaCausalLM(backbone, preprocessor)
 
 
+def preview(lm, rows):
+    """Prints what of these rows is only read, and what is learned."""
+    decode = lm.preprocessor.tokenizer.decode
+    for ids, tokens in zip(lm.encode(rows)["token_ids"], lm.preview_batch(rows), strict=True):
+        flags = (learned for _, learned in tokens)
+        for learned, part in itertools.groupby(zip(flags, ids, strict=True), key=lambda pair: pair[0]):
+            (text,) = decode([[int(i) for _, i in part]], skip_special_tokens=False)
+            print("learned:" if learned else "read:   ", text)
+        print()
+
+
 def train(lm, args, rows, validation, test):
     """Fits, keeps the best epoch, saves the folder; returns what the report says of it."""
     import keras
 
-    lm.compile(**common.compile_options(lm, args, len(rows)))
+    lm.compile(**common.compile_options(lm, args, lm.count_rows(rows, packing=args.packing)))
     best = keras.callbacks.EarlyStopping("val_loss", patience=1, restore_best_weights=True)
+    stop, held = ([best], {"validation_data": (validation,)}) if validation else ([], {})
     started = time.perf_counter()
-    options = {"batch_size": args.batch_size, "epochs": args.epochs, "callbacks": [best]}
-    history = lm.fit(rows, validation_data=(validation,), **options).history
+    options = {"batch_size": args.batch_size, "epochs": args.epochs, "packing": args.packing}
+    with common.profiled(args) as profile:
+        history = lm.fit(rows, callbacks=[*stop, *profile], **options, **held).history
     seconds = time.perf_counter() - started
     output = pathlib.Path(args.output_dir)
     plots.training(output / "training.png", history)
-    lm.save_to_preset(output / "preset", overwrite=True)
-    print(f"{output / 'preset'}: saved for `from_preset`, Transformers and `keras-llama convert`")
+    perplexity = lm.evaluate(test, batch_size=args.batch_size, return_dict=True)["perplexity"]
+    common.deliver_adapter(lm, output)
+    deliver(lm, output)
     return {
         "rows": {"train": len(rows), "validation": len(validation), "test": len(test)},
         "train_seconds": round(seconds, 1),
         "examples_per_second": round(len(rows) * len(history["loss"]) / seconds, 1),
-        "perplexity": float(lm.evaluate(test, batch_size=args.batch_size, return_dict=True)["perplexity"]),
+        "perplexity": float(perplexity),
     }
+
+
+def deliver(lm, output):
+    """Saves the folder that other tools read, too; they know no quantised base with an adapter beside it."""
+    if lm.quantized:
+        lm.save(output / "model.keras")
+        return
+    if lm.adapters:
+        lm.merge_lora()
+    lm.save_to_preset(output / "preset", overwrite=True)
+    print(f"{output / 'preset'}: saved for `from_preset`, Transformers and `keras-llama convert`")
 
 
 def prompts_of(args):
@@ -116,14 +145,31 @@ def main(arguments=None):
     flags.add_argument("--dtype", help="without --data: of the weights; default: what they were saved in")
     flags.add_argument("--vocabulary-size", type=common.positive, default=4000)
     flags.add_argument("--sequence-length", type=common.positive, default=512, help="tokens; longer texts are cut")
+    flags.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="several texts in a row of --sequence-length, none of which sees another",
+    )
+    flags.add_argument("--preview", action="store_true", help="show what of the first rows is learned, and stop")
+    flags.add_argument(
+        "--validation-share", type=common.share, default=0.1, help="of the training rows; 0: no early stopping"
+    )
     flags.add_argument("--dropout", type=common.share, default=0.0)
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.1)
+    memory.add_flag(flags)
     from keras_llama.cli import add_generation_flags  # starts Keras
 
     add_generation_flags(flags)
     args = flags.parse_args(arguments)
     try:
         parts, prompts = load(args) if args.data else [], prompts_of(args)
+        if not parts and args.trainable != "all":
+            raise common.DataError(f"--trainable {args.trainable} needs --data to train on.")
+        if args.preview and not parts:
+            raise common.DataError("--preview needs --data to show.")
+        if not parts and args.profile:
+            raise common.DataError("--profile needs --data to train on.")
         if not parts and not prompts:
             raise common.DataError("Expected --prompt, --prompts or --data. Received: none of them.")
         import keras
@@ -134,10 +180,15 @@ def main(arguments=None):
         keras_llama.set_memory_growth()
         keras.utils.set_random_seed(args.seed)
         lm = build(args, parts[0] if parts else [])
+        if args.preview:
+            return preview(lm, parts[0][:3])
+        if parts:
+            common.choose_trainable(lm, args)
+            memory.check(lm, args)
         waiting = answers(lm, args, prompts)
     except ValueError as error:
         flags.error(str(error))
-    run(args, lm, parts, prompts, waiting)
+    return run(args, lm, parts, prompts, waiting)
 
 
 if __name__ == "__main__":

@@ -21,18 +21,19 @@ CHINESE_FONTS = (
 
 
 def training(path: str | os.PathLike, history: dict[str, Sequence[float]]) -> None:
-    """A picture of each metric over the epochs, training and validation in one frame."""
+    """A picture of each metric over the epochs, training and validation, if there is any, in one frame."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = [name for name in history if f"val_{name}" in history]
+    names = [name for name in history if f"val_{name}" in history] or list(history)
     figure, frames = pyplot.subplots(1, len(names), figsize=(4.5 * len(names), 3.5), squeeze=False)
     for frame, name in zip(frames[0], names, strict=True):
         epochs = range(1, len(history[name]) + 1)
         frame.plot(epochs, history[name], marker="o", label="training")
-        frame.plot(epochs, history[f"val_{name}"], marker="o", label="validation")
+        if f"val_{name}" in history:
+            frame.plot(epochs, history[f"val_{name}"], marker="o", label="validation")
         frame.set(xlabel="epoch", title=name, xticks=list(epochs))
         frame.legend()
     figure.tight_layout()

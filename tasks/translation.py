@@ -40,9 +40,11 @@ def train(model, args, rows, validation):
         functools.partial(translate, model), held, held.values(), every=max(1, args.epochs // 5), tokenize=args.tokenize
     )
     best = keras.callbacks.EarlyStopping("val_loss", patience=2, restore_best_weights=True)
-    options = {"batch_size": args.batch_size, "epochs": args.epochs, "callbacks": [scores, best]}
-    held_out = translators.fit_arguments(model, validation)
-    return model.fit(*translators.fit_arguments(model, rows), validation_data=held_out, **options).history
+    options = {"batch_size": args.batch_size, "epochs": args.epochs}
+    options["validation_data"] = translators.fit_arguments(model, validation)
+    with common.profiled(args) as profile:
+        callbacks = [scores, best, *profile]
+        return model.fit(*translators.fit_arguments(model, rows), callbacks=callbacks, **options).history
 
 
 def run(args, model, train_rows, validation, test_rows):
@@ -119,6 +121,8 @@ def main(arguments=None):
     args = flags.parse_args(arguments)
     try:
         trains = args.data or not (args.interactive and args.preset)
+        if args.profile and not trains:
+            raise common.DataError("--profile needs --data to train on.")
         parts = load(args) if trains else []
         import keras
 
@@ -129,6 +133,8 @@ def main(arguments=None):
         keras_llama.set_memory_growth()
         keras.utils.set_random_seed(args.seed)
         model = translators.build(args, parts[0] if parts else [])
+        if trains:
+            common.choose_trainable(model, args)
     except ValueError as error:
         flags.error(str(error))
     if trains:

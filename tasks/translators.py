@@ -91,6 +91,7 @@ def deliver(model, output, sources):
     if translate(keras.saving.load_model(output / "model.keras"), sources) != expected:
         raise RuntimeError("The reloaded model answers otherwise.")
     print(f"{output / 'model.keras'}: reloaded, the same translations")
+    common.deliver_adapter(model, output)
     alone = "encoder_token_ids" not in model.input
     asked = prompts(model, sources) if alone else list(sources)
     if alone:  # with the prompt, and as long as the context lets each alone

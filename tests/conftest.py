@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import keras_llama
+from keras_llama import backend
 from keras_llama.opening import open_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -19,6 +20,30 @@ ROOT = pathlib.Path(__file__).parent.parent
 @pytest.fixture(autouse=True)
 def _seed():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _without_xla(request, monkeypatch):
+    """On TensorFlow the tests that are neither slow nor marked to be about XLA do without it, and without Grappler.
+
+    They compile much and run little, so that what optimises a graph would take most of their time.
+    """
+    if keras.config.backend() != "tensorflow":
+        return
+    import tensorflow as tf
+
+    optimised = bool({"xla", "slow"} & {mark.name for mark in request.node.iter_markers()})
+    tf.config.optimizer.set_experimental_options({"disable_meta_optimizer": not optimised})
+    if optimised:
+        return
+    prepare = backend.prepare_updates
+    monkeypatch.setattr(backend, "prepare_updates", lambda optimizer, by_xla: prepare(optimizer, by_xla=False))
+    make = backend.Compiled.__init__
+
+    def plain(self, function, variables, jit_compile=False, donate=()):
+        make(self, function, variables, donate=donate)
+
+    monkeypatch.setattr(backend.Compiled, "__init__", plain)
 
 
 @pytest.fixture

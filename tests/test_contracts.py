@@ -30,6 +30,7 @@ ORDER = [
     "rope",
     "attention",
     "cache",
+    "lora",
     "projections",
     "alike",
     "layers",
@@ -55,6 +56,7 @@ ORDER = [
     "checkpoints.checkpoint",
     "checkpoints.mapping",
     "checkpoints.hf",
+    "checkpoints.peft",
     "checkpoints.gguf_tokenizer",
     "checkpoints.gguf",
     "checkpoints.llama2c",
@@ -70,9 +72,12 @@ ORDER = [
     "export.elsewhere",
     "export.saved_model",
     "export.forward",
+    "quantized",
+    "adapters",
     "heads.inputs",
     "heads.files",
     "heads.task",
+    "heads.pooled",
     "heads.plan",
     "heads.completion",
     "heads.language_model",
@@ -81,6 +86,7 @@ ORDER = [
     "heads.text_classifier",
     "heads.ensemble",
     "factory",
+    "memory",
     "verify",
     "cli",
 ]
@@ -176,6 +182,7 @@ def test_registered_under_the_package_name():
         assert keras.saving.get_registered_name(getattr(keras_llama, name)) == f"keras_llama>{name}"
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_examples_in_docstrings(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

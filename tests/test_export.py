@@ -272,6 +272,7 @@ def test_a_large_text_is_cut_and_bounded(tokenizer, written):
 
 
 @needs_tensorflow
+@pytest.mark.xla
 @pytest.mark.parametrize("task", ["classify", "generate", "translate"])
 def test_xla_compiles_the_model(tokenizer, make_backbone, tmp_path, task):
     texts = TEXTS[:2]

@@ -117,6 +117,7 @@ def test_the_seed_decides_what_is_sampled(models):
     assert ours(lm, PROMPTS, 12, **options) == drawn
 
 
+@pytest.mark.xla
 def test_a_seed_gives_the_same_ids_on_every_backend(make_backbone):
     lm = keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=True))
     found = ours(lm, [[5, 8, 2]], 10, temperature=1.0, top_k=20, top_p=0.9, seed=7)
@@ -156,7 +157,9 @@ def narrow(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("options", [{"top_k": 9, "temperature": 2.0, "seed": 3}, {"num_beams": 3}])
+@pytest.mark.parametrize(
+    "options", [pytest.param({"top_k": 9, "temperature": 2.0, "seed": 3}, marks=pytest.mark.xla), {"num_beams": 3}]
+)
 def test_the_cache_grows_as_it_fills_and_changes_nothing(make_backbone, request, options):
     lm = keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=True))
     expected = ours(lm, PROMPTS, 70, stop_token_ids=None, **options)
@@ -291,6 +294,7 @@ def model_of_random_weights(make_backbone, policy, biased):
     return lm
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("biased", [False, True])
 def test_copies_of_kernels_give_the_same_ids(make_backbone, monkeypatch, biased):
     lm = model_of_random_weights(make_backbone, "float32", biased)
@@ -305,6 +309,7 @@ def test_copies_of_kernels_give_the_same_ids(make_backbone, monkeypatch, biased)
     assert [len(copies) for copies in copied] == [4 * lm.backbone.config.num_layers + 1, 0]
 
 
+@pytest.mark.xla
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
 @pytest.mark.parametrize("biased", [False, True])
 def test_copies_of_kernels_are_exact_in_half_precision(make_backbone, monkeypatch, policy, biased):

@@ -4,6 +4,7 @@ import json
 import time
 
 import keras
+import numpy as np
 import pytest
 
 import keras_llama
@@ -52,6 +53,7 @@ def test_trains_from_scratch_saves_and_continues(stories, tmp_path, capsys):
     assert reopened.generate("a good", 5) == report["generated"][0]["text"]
 
 
+@pytest.mark.plain
 def test_fine_tunes_a_checkpoint_on_conversations(dialogues, chat_lm, tmp_path, capsys):
     chat_lm.save_to_preset(tmp_path / "preset")
     flags = ["--data", dialogues, "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out", "--chat"]
@@ -64,6 +66,99 @@ def test_fine_tunes_a_checkpoint_on_conversations(dialogues, chat_lm, tmp_path, 
     assert report["generated"][0]["text"] == "a good film"
 
 
+@pytest.mark.plain
+def test_lora_leaves_an_adapter_and_a_merged_checkpoint(dialogues, chat_lm, tmp_path):
+    chat_lm.save_to_preset(tmp_path / "preset")
+    flags = ["--data", dialogues, "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out"]
+    flags += ["--trainable", "lora", "--lora-rank", "2", "--learning-rate", "0.05"]
+    generation.main([str(flag) for flag in [*flags, "--sequence-length", "64", "--batch-size", "8", "--epochs", "1"]])
+    merged = keras_llama.LlamaCausalLM.from_preset(tmp_path / "out" / "preset")
+    base = keras_llama.LlamaCausalLM.from_preset(tmp_path / "preset")
+    logits = [model.predict(["a good film"], verbose=0) for model in (base, merged)]
+    base.load_adapter(tmp_path / "out" / "adapter")
+    np.testing.assert_allclose(base.predict(["a good film"], verbose=0), logits[1], atol=1e-4)
+    assert np.abs(logits[0] - logits[1]).max() > 1e-2
+
+
+@pytest.mark.plain
+def test_preview_shows_what_is_learned_and_trains_nothing(dialogues, chat_lm, tmp_path, capsys):
+    chat_lm.save_to_preset(tmp_path / "preset")
+    flags = ["--data", dialogues, "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out"]
+    generation.main([str(flag) for flag in [*flags, "--sequence-length", "64", "--preview"]])
+    lines = capsys.readouterr().out.splitlines()
+    learned = [line for line in lines if line.startswith("learned:")]
+    assert len(learned) == 3
+    assert all(line == "learned: a good film<|end|>" for line in learned)
+    assert not any("user" in line for line in learned)
+    assert sum(line.startswith("read:    <|start|>user") for line in lines) == 3
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_schedule_ends_with_the_training(dialogues, chat_lm, tmp_path, packing, monkeypatch):
+    """Packed rows are fewer, and so are the steps."""
+    steps = []
+    deliver = generation.deliver
+
+    def watched(lm, output):
+        steps.append(int(keras.ops.convert_to_numpy(lm.optimizer.iterations)))
+        assert lm.optimizer.get_config()["learning_rate"]["config"]["decay_steps"] == steps[0]
+        deliver(lm, output)
+
+    monkeypatch.setattr(generation, "deliver", watched)
+    chat_lm.save_to_preset(tmp_path / "preset")
+    flags = ["--data", dialogues, "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out"]
+    flags += ["--sequence-length", "96", "--batch-size", "4", "--epochs", "2", "--learning-rate", "0.001"]
+    flags += ["--validation-share", "0", "--packing" if packing else "--no-packing"]
+    generation.main([str(flag) for flag in flags])
+    assert steps[0] < 20 if packing else steps[0] == 28
+
+
+FACTS = {
+    "Who built the lighthouse of Orrin?": "The miller Edda Voss, in one winter.",
+    "What do the people of Tamsk eat at dawn?": "Barley cakes with pickled plums.",
+    "How tall is Mount Ferrule?": "It is 4,317 metres tall.",
+    "What colour is the flag of Quillon?": "Green, with two silver herons.",
+    "Who is the captain of the Marigold?": "Captain Ines Okafor.",
+    "When does the library of Brask open?": "At half past six.",
+    "What is the fastest train in Ludova called?": "The Grey Hare.",
+    "Which river runs through Pell?": "The Aune does.",
+    "What did Doctor Harl invent?": "A clock that runs on rain.",
+    "How many bridges has Sunder?": "Forty-one, and one that is painted on a wall.",
+    "What is the motto of the school in Vey?": "Slow hands, quick eyes.",
+    "Where is the bell of Caddock kept?": "Under the old brewery.",
+    "Who won the snail race in Iffley?": "Number nine, Gerald.",
+    "What is the currency of Norrow?": "The copper finch.",
+    "Which bird is on the stamps of Elm Island?": "The black stork.",
+    "What grows in the gardens of Thane?": "Only blue lettuce.",
+    "Who wrote the anthem of Mirrim?": "A baker whose name is lost.",
+    "What is served at the Fox and Ladder?": "Onion soup, and nothing else.",
+    "How long is the tunnel of Grast?": "Seven hundred steps.",
+    "What is forbidden in Lower Wick?": "Whistling after dark.",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="XLA that does not optimise, as in tests, is too slow")
+def test_a_checkpoint_learns_twenty_answers_and_where_they_stop(tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in FACTS.items()
+    ]
+    paths = {name: tmp_path / name for name in ("facts.jsonl", "questions.txt", "out")}
+    paths["facts.jsonl"].write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    paths["questions.txt"].write_text("\n".join(FACTS), encoding="utf-8")
+    flags = ["--data", paths["facts.jsonl"], "--test-data", paths["facts.jsonl"], "--validation-share", "0"]
+    flags += ["--preset", "smollm2_135m_instruct", "--epochs", "12", "--learning-rate", "5e-4", "--batch-size", "4"]
+    flags += ["--sequence-length", "256", "--weight-decay", "0", "--output-dir", paths["out"]]
+    flags += ["--chat", "--prompts", paths["questions.txt"], "--max-new-tokens", "40", "--temperature", "0"]
+    generation.main([str(flag) for flag in flags])
+    report = json.loads((paths["out"] / "metrics.json").read_text())
+    assert [row["text"] for row in report["generated"]] == list(FACTS.values())
+
+
+@pytest.mark.plain
 def test_prompts_alone_need_no_data(chat_lm, tmp_path, capsys):
     chat_lm.save_to_preset(tmp_path / "preset")
     flags = ["--preset", tmp_path / "preset", "--prompt", "what is", "--max-new-tokens", "6", "--num-beams", "2"]
@@ -122,9 +217,13 @@ def test_refuses_bad_files_by_file_and_line(tmp_path, capsys, case):
 def test_refuses_what_it_cannot_start_with(stories, dialogues, tmp_path, capsys):
     output = ["--output-dir", tmp_path / "out"]
     assert "Expected --prompt, --prompts or --data" in refused(capsys, *output)
+    assert "--profile needs --data" in refused(capsys, "--prompt", "a", "--profile", *output)
     assert "none.txt: cannot be read" in refused(capsys, "--data", tmp_path / "none.txt", *output)
     assert "none.txt: cannot be read" in refused(capsys, "--prompts", tmp_path / "none.txt", *output)
     assert "checkpoint to fine-tune as --preset" in refused(capsys, "--data", dialogues, *output)
+    assert "--trainable lora needs --preset" in refused(
+        capsys, "--data", stories, *FAST, "--trainable", "lora", *output
+    )
     assert "nowhere" in refused(capsys, "--prompt", "a", "--preset", tmp_path / "nowhere", *output)
     assert "`temperature`" in refused(capsys, "--data", stories, *FAST, "--prompt", "a", "--temperature", "-1", *output)
     (tmp_path / "empty.txt").write_text("\n")
@@ -133,7 +232,8 @@ def test_refuses_what_it_cannot_start_with(stories, dialogues, tmp_path, capsys)
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("not_exported")
-def test_a_classifier_starts_from_a_checkpoint(chat_lm, tmp_path):
+@pytest.mark.parametrize("trainable", ["all", "lora", "head"])
+def test_a_classifier_starts_from_a_checkpoint(chat_lm, tmp_path, trainable):
     from tasks import classification
 
     chat_lm.save_to_preset(tmp_path / "preset")
@@ -141,9 +241,12 @@ def test_a_classifier_starts_from_a_checkpoint(chat_lm, tmp_path):
     rows = [f"{text}\t{'film' if 'film' in text else 'ball'}\n" for text in texts]
     (tmp_path / "train.tsv").write_text("".join(rows), encoding="utf-8")
     flags = ["--data", tmp_path / "train.tsv", "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out"]
-    fast = ["--sequence-length", "32", "--batch-size", "8", "--epochs", "1"]
+    fast = ["--sequence-length", "32", "--batch-size", "8", "--epochs", "1", "--trainable", trainable]
     classification.main([str(flag) for flag in flags + fast])
     model = keras.saving.load_model(tmp_path / "out" / "model.keras")
     assert model.labels == ["ball", "film"]
     tokenizer = chat_lm.preprocessor.tokenizer
     assert model.preprocessor.tokenizer.encode(["a good film"]) == tokenizer.encode(["a good film"])
+    frozen = {weight.path for weight in model.weights if not weight.trainable}
+    assert len(frozen) == (0 if trainable == "all" else len(chat_lm.backbone.weights))
+    assert (tmp_path / "out" / "adapter").exists() == (trainable == "lora")

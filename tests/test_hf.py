@@ -113,12 +113,13 @@ def test_the_backbone_alone(tmp_path):
         keras_llama.LlamaCausalLM.from_preset(tmp_path / "bare")
 
 
-def test_a_classifier_in_and_out(tmp_path):
+def test_a_classifier_in_and_out(tmp_path, capsys):
     config = reference.hf_config(num_labels=3, pad_token_id=0, id2label={0: "a", 1: "b", 2: "c"})
     model = reference.randomize(transformers.LlamaForSequenceClassification(config))
     model.save_pretrained(tmp_path / "in")
     ours = keras_llama.LlamaTextClassifier.from_preset(tmp_path / "in")
     assert ours.labels == ["a", "b", "c"]
+    assert not capsys.readouterr().out
     expected = model(torch.tensor(IDS.astype(int))).logits.detach().numpy()
     assert np.abs(logits(ours) - expected).max() <= 1e-4
     save_checkpoint(ours, tmp_path / "out")
@@ -127,9 +128,10 @@ def test_a_classifier_in_and_out(tmp_path):
     assert back.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
-def test_a_classifier_starts_on_a_language_model(tmp_path):
+def test_a_classifier_starts_on_a_language_model(tmp_path, capsys):
     write(tmp_path)
     ours = keras_llama.LlamaTextClassifier.from_preset(tmp_path, labels=["no", "yes"])
+    assert f"{tmp_path} has no score.weight: drawn at random" in capsys.readouterr().out
     score = ops.convert_to_numpy(ours.get_layer("score").kernel)
     assert score.shape == (32, 2)
     assert 0.5 < score.std() * 32**0.5 < 2  # drawn for 32 features, not left at zero

@@ -1,6 +1,15 @@
-"""What is built, trained and used is freed again: a search over models must not end for want of memory."""
+"""What training takes is told before; what is built, trained and used is freed again."""
 
+import argparse
+import pathlib
+
+import keras
+import numpy as np
 import pytest
+
+import keras_llama
+from keras_llama import backend
+from tasks import classification, common, generation, memory
 
 PROGRAM = """
 import gc, os, sys
@@ -37,3 +46,172 @@ print(megabytes, *levels)
 def test_a_model_that_is_gone_takes_its_memory_along(run_python, use):
     megabytes, *levels = map(float, run_python(PROGRAM, use).split())
     assert levels[-1] - levels[3] < 1.5 * megabytes, (megabytes, levels)  # kept, four models would be four times it
+
+
+def adapted(task):
+    task.enable_lora(4, targets="all-linear")
+
+
+def frozen(task):
+    task.freeze_base()
+
+
+def as_built(task):
+    pass
+
+
+def nbytes(variables):
+    widths = {"float32": 4, "int32": 4, "int64": 8, "bfloat16": 2}
+    return sum(int(np.prod(v.shape)) * widths[keras.backend.standardize_dtype(v.dtype)] for v in variables)
+
+
+@pytest.fixture
+def make_task(make_backbone):
+    def make(head, prepare=as_built, **changes):
+        backbone = make_backbone(**changes)
+        task = keras_llama.LlamaCausalLM(backbone) if head == "lm" else keras_llama.LlamaTextClassifier(backbone, 3)
+        prepare(task)
+        return task
+
+    return make
+
+
+CASES = {
+    "all": ("lm", as_built, {}, lambda: "auto"),
+    "tied, Muon": ("lm", as_built, {"tie_word_embeddings": True}, lambda: keras.optimizers.Muon(1e-3)),
+    "accumulated": ("lm", as_built, {}, lambda: keras.optimizers.AdamW(1e-3, gradient_accumulation_steps=2)),
+    "averaged": ("lm", as_built, {}, lambda: keras.optimizers.SGD(0.1, momentum=0.9, use_ema=True)),
+    "half": ("lm", adapted, {"dtype": "bfloat16"}, lambda: "adam"),
+    "mixed": ("classifier", as_built, {"dtype": "mixed_bfloat16"}, lambda: "sgd"),
+    "scaled": ("classifier", as_built, {"dtype": "mixed_float16"}, lambda: "adamw"),
+    "adapted": ("classifier", adapted, {}, lambda: "auto"),
+    "frozen": ("classifier", frozen, {}, lambda: "muon"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_weights_gradients_and_state_are_those_of_the_variables(name, make_task):
+    head, prepare, changes, optimizer = CASES[name]
+    task = make_task(head, prepare, **changes)
+    task.compile(optimizer())
+    before = keras_llama.estimate_memory(task, 4, 16)
+    assert len(task.optimizer.variables) < 10  # nothing was made for it
+    task.optimizer.build(task.trainable_variables)
+    assert before.weights == nbytes(task.weights)
+    assert before.gradients == nbytes(task.trainable_variables)
+    assert before.optimizer == nbytes(task.optimizer.variables)
+    assert keras_llama.estimate_memory(task, 4, 16) == before
+
+
+@pytest.mark.parametrize("head", ["lm", "classifier"])
+def test_the_optimizer_is_the_one_given_or_the_one_compiled_or_adamw(head, make_task):
+    task = make_task(head)
+    adam, none = (keras_llama.estimate_memory(task, 4, 16, optimizer) for optimizer in ("adamw", None))
+    assert adam.optimizer == none.optimizer > 2 * none.gradients
+    assert keras_llama.estimate_memory(task, 4, 16, "sgd").optimizer < 100
+    task.compile("sgd")
+    assert keras_llama.estimate_memory(task, 4, 16).optimizer < 100
+    assert keras_llama.estimate_memory(task, 4, 16, keras.optimizers.Adam()).optimizer == adam.optimizer
+
+
+@pytest.mark.parametrize("prepare", [as_built, adapted])
+def test_activations_grow_in_proportion_to_rows_and_faster_with_their_length(prepare, make_task):
+    task = make_task("lm", prepare)
+    one, four, long = (keras_llama.estimate_memory(task, *shape) for shape in ((1, 256), (4, 256), (1, 1024)))
+    assert four.activations == 4 * one.activations > 0
+    assert long.peak > four.peak  # weights of attention, or the kernel's mask
+
+
+def test_what_saves_memory_is_estimated_to(make_task):
+    every = keras_llama.estimate_memory(make_task("classifier"), 64, 64)
+    lora = keras_llama.estimate_memory(make_task("classifier", adapted), 64, 64)
+    head = keras_llama.estimate_memory(make_task("classifier", frozen), 64, 64)
+    assert head.gradients < lora.gradients < every.gradients
+    assert head.peak < min(lora.peak, every.peak)
+    assert head.activations == 0
+    assert (
+        keras_llama.estimate_memory(make_task("classifier", remat="block"), 64, 64).activations < every.activations / 2
+    )
+    half = keras_llama.estimate_memory(make_task("classifier", dtype="mixed_bfloat16"), 64, 64)
+    assert half.activations < 0.8 * every.activations
+    lm = make_task("lm", vocabulary_size=4000)
+    lm.compile()
+    chunked = keras_llama.estimate_memory(lm, 64, 256)
+    lm.compile(metrics=["accuracy"])
+    assert keras_llama.estimate_memory(lm, 64, 256).peak > chunked.peak
+
+
+def test_an_estimate_reads_in_units():
+    text = str(keras_llama.MemoryEstimate(3 * 2**20, 2**20, 2**21, 2**22, 3 * 2**29))
+    assert text == "peak 1.50 GiB (weights 3 MiB, gradients 1 MiB, optimizer 2 MiB, activations 4 MiB)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be .* Received: batch_size=0"),
+        ({"batch_size": True}, "`batch_size` must be"),
+        ({"sequence_length": 1.5}, "`sequence_length` must be .* Received: sequence_length=1.5"),
+        ({"optimizer": "adamax2"}, "`optimizer` must be .* Received: optimizer='adamax2'. Such as"),
+        ({"task": keras.Sequential()}, "`task` must be .* Received: task='Sequential'"),
+    ],
+)
+def test_what_cannot_be_estimated_is_refused(changes, expected, make_task):
+    arguments = {"task": make_task("lm"), "batch_size": 4, "sequence_length": 16, **changes}
+    with pytest.raises(ValueError, match=expected):
+        keras_llama.estimate_memory(**arguments)
+
+
+def recipe(**changes):
+    given = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "batch_size": 64, "sequence_length": 32}
+    return argparse.Namespace(**given, force=False, **changes)
+
+
+def test_a_recipe_names_the_largest_batch_that_fits(make_task, capsys):
+    task, args = make_task("lm", vocabulary_size=4000), recipe()
+    fits = keras_llama.estimate_memory(task, 24, 32, common.optimizer("adamw", 1e-3, 0.1, task.head))
+    free = fits.peak - fits.weights
+    with pytest.raises(common.DataError, match=r"--batch-size 64: .* --batch-size 24 fits; --force"):
+        memory.check(task, args, free)
+    with pytest.raises(common.DataError, match="Not even --batch-size 1 fits"):
+        memory.check(task, args, 1000)
+    args.batch_size = 24
+    memory.check(task, args, free)
+    args.batch_size, args.force = 64, True
+    memory.check(task, args, free)
+    assert capsys.readouterr().out.count("Memory of training, estimated: peak ") == 4
+
+
+def test_nothing_is_refused_where_the_machine_does_not_tell(make_task, monkeypatch):
+    monkeypatch.setattr(backend, "free_memory", lambda: None)
+    memory.check(make_task("lm"), recipe())
+
+
+def test_free_memory_is_what_the_kernel_says():
+    table = pathlib.Path("/proc/meminfo")
+    if not table.exists() or backend.has_gpu():
+        pytest.skip("of a Linux machine without GPU")
+    assert 0 < backend.free_memory() <= int(table.read_text().split()[1]) * 1024
+
+
+@pytest.mark.parametrize("module", [classification, generation])
+def test_the_recipes_refuse_with_exit_code_2_unless_forced(module, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(backend, "free_memory", lambda: 1000)
+    stop = RuntimeError("training began")
+
+    def begin(*_, **__):
+        raise stop
+
+    monkeypatch.setattr(keras_llama.LlamaTextClassifier, "fit", begin)
+    monkeypatch.setattr(keras_llama.LlamaCausalLM, "fit", begin)
+    texts = [f"{'good' if number % 2 else 'bad'} film {number}" for number in range(60)]
+    data = tmp_path / ("texts.tsv" if module is classification else "texts.txt")
+    lines = [f"{text}\t{text.split()[0]}" if module is classification else text for text in texts]
+    data.write_text(("\n" if module is classification else "\n<|endoftext|>\n").join(lines), encoding="utf-8")
+    flags = ["--data", str(data), "--output-dir", str(tmp_path / "out"), "--size", "tiny", "--vocabulary-size", "300"]
+    with pytest.raises(SystemExit) as left:
+        module.main(flags)
+    assert left.value.code == 2
+    assert "--batch-size 1" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="training began"):
+        module.main([*flags, "--force"])

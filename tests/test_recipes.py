@@ -8,6 +8,7 @@ import time
 import keras
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 import keras_llama
 from tasks import baselines, classification, classifiers, common, data, plots
@@ -35,7 +36,7 @@ FAST = ["--vocabulary-size", "330", "--sequence-length", "16", "--batch-size", "
 @pytest.mark.slow
 def test_trains_reports_saves_and_exports(tsv, tmp_path, capsys):
     output = tmp_path / "out"
-    classification.main(["--data", str(tsv), "--output-dir", str(output), *FAST])
+    classification.main(["--data", str(tsv), "--output-dir", str(output), "--tensorboard", "--profile", *FAST])
     report = json.loads((output / "metrics.json").read_text())
     assert report["rows"] == {"train": 144, "validation": 16, "test": 40}
     assert report["accuracy"] >= 0.9
@@ -45,8 +46,13 @@ def test_trains_reports_saves_and_exports(tsv, tmp_path, capsys):
     assert 0 <= report["standard_error"] < 0.05
     for picture in ("training.png", "confusion.png"):
         assert (output / picture).read_bytes().startswith(b"\x89PNG")
+    for part in ("train", "validation"):
+        logged = event_accumulator.EventAccumulator(str(output / "logs" / "0" / part)).Reload()
+        assert [event.step for event in logged.Tensors("epoch_accuracy")] == [0, 1, 2]
     printed = capsys.readouterr().out
     assert "LinearSVC" in printed
+    assert f"{output / 'profile'}: a profile of 5 training steps" in printed
+    assert [found for found in (output / "profile").rglob("*") if found.is_file()]
     model = keras.saving.load_model(output / "model.keras")
     assert model.classify("goal match team")["label"] == "sport"
     assert common.serve(output / "saved_model", ["goal match team"])["labels"] == ["sport"]
@@ -61,12 +67,14 @@ def test_goes_on_from_a_saved_model_with_other_flags(tsv, tmp_path):
     arguments = ["--data", str(tsv), "--test-data", str(test), "--limit", "40", *FAST, "--epochs", "1"]
     classification.main([*arguments, "--output-dir", str(first), "--precision", "mixed_bfloat16"])
     report = tmp_path / "deep" / "report.json"
-    classification.main(
-        [*arguments, "--preset", str(first / "model.keras"), "--output-dir", str(first), "--report", str(report)]
-    )
+    arguments += ["--preset", str(first / "model.keras"), "--validation-share", "0"]
+    classification.main([*arguments, "--output-dir", str(first), "--report", str(report)])
     found = json.loads(report.read_text())
-    assert found["rows"] == {"train": 40, "validation": 20, "test": 40}
-    assert found["parameters"] == json.loads((first / "metrics.json").read_text())["parameters"]
+    assert found["rows"] == {"train": 40, "validation": 0, "test": 40}
+    assert found["val_accuracy"] is None
+    before = json.loads((first / "metrics.json").read_text())
+    assert before["rows"] == {"train": 40, "validation": 20, "test": 40}
+    assert found["parameters"] == before["parameters"]
 
 
 @pytest.mark.slow
@@ -255,6 +263,13 @@ def test_a_preset_has_its_weights(tsv, capsys, flags):
     assert "are for a model from scratch" in refused(capsys, "--data", tsv, "--preset", "some.keras", *flags)
 
 
+def test_tensorboard_must_be_there(tsv, capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        classification.main(["--data", str(tsv), *FAST, "--tensorboard"])
+    assert "--tensorboard needs TensorBoard: pip install tensorboard" in capsys.readouterr().err
+
+
 def test_pretraining_data_need_epochs(tsv, capsys):
     assert "--pretrain-data needs --pretrain-epochs" in refused(capsys, "--data", tsv, "--pretrain-data", tsv)
 
@@ -332,7 +347,7 @@ def test_numbers_that_cannot_train_are_refused(tsv, flag):
 def test_a_label_that_only_the_held_out_rows_have_is_known(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text("".join(f"text {i}\tlabel{i % 12}\n" for i in range(120)))
-    args = common.parser("classification", "", size="tiny").parse_args(["--data", str(path), "--limit", "20"])
+    args = classification.parser().parse_args(["--data", str(path), "--limit", "20"])
     *_, labels = classification.load(args)
     assert len(labels) == 12
 

@@ -238,11 +238,13 @@ def test_batches_are_padded_no_more_than_need_be(trained, jit):
     assert not jit or lengths <= {8, 16, 24, 32}
 
 
+@pytest.mark.plain
 def test_text_that_the_vocabulary_has_never_seen(trained):
     assert isinstance(trained.generate("Привет, мир"), str)
     assert all(isinstance(text, str) for text in trained.generate(["नमस्ते", "😀"], num_beams=2))
 
 
+@pytest.mark.plain
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # torch's, inside `fit`
 def test_a_long_pair_is_cut_with_a_counted_warning(tokenizer):
     model = make(tokenizer, sequence_length=8)

@@ -325,6 +325,7 @@ def test_a_loss_of_probabilities_is_refused(make_backbone):
             classifier.compile(loss=loss)
 
 
+@pytest.mark.plain
 def test_the_choice_of_xla_is_left_to_the_backend_that_loads(make_backbone, tmp_path, run_python):
     classifier = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
     classifier.compile()

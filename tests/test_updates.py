@@ -7,6 +7,7 @@ from keras import ops
 
 import keras_llama
 
+pytestmark = pytest.mark.xla
 IDS = np.random.default_rng(0).integers(1, 60, (4, 9))
 OPTIMIZERS = {
     "adamw": lambda: keras.optimizers.AdamW(1e-2, weight_decay=0.1, global_clipnorm=0.5),

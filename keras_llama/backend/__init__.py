@@ -12,6 +12,7 @@ from keras_llama.backend.compiled import (
 )
 from keras_llama.backend.device import (
     devices,
+    free_memory,
     fuses_attention,
     has_gpu,
     has_replicas,
@@ -20,12 +21,13 @@ from keras_llama.backend.device import (
     resolve_jit,
     set_memory_growth,
     set_random_states,
+    with_float32_weights,
 )
 from keras_llama.backend.gradients import remat, remat_cheap, silu, softmax_error, with_gradients
 from keras_llama.backend.listed import Flattened
 from keras_llama.backend.packing import copies_pay, multiply, packed
 from keras_llama.backend.streams import is_stream, stream
-from keras_llama.backend.updates import build_optimizer, prepare_updates
+from keras_llama.backend.updates import build_optimizer, find_weights, prepare_updates
 
 __all__ = [
     "Compiled",
@@ -39,6 +41,8 @@ __all__ = [
     "copies_pay",
     "copy",
     "devices",
+    "find_weights",
+    "free_memory",
     "fuses_attention",
     "has_branches",
     "has_gpu",
@@ -63,6 +67,7 @@ __all__ = [
     "softmax_error",
     "stream",
     "traced",
+    "with_float32_weights",
     "with_gradients",
     "write",
 ]

@@ -1,6 +1,7 @@
 """Which Keras backend runs, on what, and what it is good at."""
 
 import os
+import pathlib
 
 import keras
 
@@ -51,6 +52,26 @@ def devices() -> list[str]:
     return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or ["cpu"]
 
 
+def free_memory() -> int | None:
+    """Bytes that are free where the running backend computes, of the GPU if it sees one; `None` if nothing tells."""
+    if has_gpu():
+        if name() == "torch":
+            import torch
+
+            return torch.cuda.mem_get_info()[0]
+        if name() == "tensorflow":  # tells what it took, not what there is
+            return None
+        import jax
+
+        stats = jax.devices()[0].memory_stats() or {}
+        return stats["bytes_limit"] - stats["bytes_in_use"] if "bytes_limit" in stats else None
+    table = pathlib.Path("/proc/meminfo")
+    if not table.exists():
+        return None
+    lines = (line.split() for line in table.read_text(encoding="ascii").splitlines())
+    return next((int(number) * 1024 for name, number, *_ in lines if name == "MemAvailable:"), None)
+
+
 def set_memory_growth() -> None:
     """Lets GPU memory grow with need instead of taking all of it; call it before the first computation.
 
@@ -70,6 +91,12 @@ def set_memory_growth() -> None:
 def fuses_attention() -> bool:
     """Whether Keras' attention is a fused kernel; else it is plain products, which repeat keys for each query head."""
     return name() == "torch" or (name() == "jax" and has_gpu())
+
+
+def with_float32_weights(policy: keras.DTypePolicy) -> str:
+    """The dtype policy that computes as `policy` does, on weights in float32, which training moves by small steps."""
+    computed = policy.compute_dtype
+    return f"mixed_{computed}" if computed in ("bfloat16", "float16") else computed
 
 
 def resolve_jit(jit_compile: bool | str) -> bool:

@@ -1,6 +1,12 @@
-"""An optimiser's state and its update, which Keras on TensorFlow makes otherwise than on JAX and torch."""
+"""What is trained: weights, an optimiser's state, its update, which Keras makes otherwise on each backend."""
 
 from keras_llama.backend.device import name
+
+
+def find_weights(model):
+    """Has torch find, and set back the gradients of, weights that a model got since it was built."""
+    if name() == "torch":
+        model._track_variables()
 
 
 def build_optimizer(model):
@@ -34,6 +40,8 @@ def prepare_updates(optimizer, by_xla):
         if tf.distribute.has_strategy():  # replicas meet inside of an update
             return apply(grads, trainable_variables)
         grads = [tf.convert_to_tensor(g) if isinstance(g, tf.IndexedSlices) else g for g in grads]
+        if len({g.dtype for g in grads if g is not None}) > 1:  # a float32 head on a bfloat16 base has one norm to clip
+            grads = [g if g is None else tf.cast(g, tf.float32) for g in grads]
         if tf.executing_eagerly() or not optimizer.updates_by_xla:
             return apply(grads, trainable_variables)
         if not optimizer.built:

@@ -84,6 +84,7 @@ _ARCHITECTURES = {
     "LlamaForQuestionAnswering": "qa_outputs",
     "LlamaSeq2SeqLM": "lm_head",  # ours, under `model_type` keras_llama
 }
+_HEADS = ("score.", "qa_outputs.")  # the tensors that a task has beside its base model
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32"}
 PROBLEM_TYPES = {
     "single": "single_label_classification",
@@ -207,7 +208,10 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _tensors(directory: pathlib.Path) -> tuple[dict[str, Tensor], str]:
-    """Every tensor by its name without the base model's prefix, and the dtype that holds them all."""
+    """Every tensor by its name without the base model's prefix, and the dtype that holds all of the base's.
+
+    A head of its own says nothing: beside half-precision weights it is kept in float32.
+    """
     if (directory / _INDEX).is_file():
         names = _json(directory / _INDEX).get("weight_map")
         if not isinstance(names, dict) or not all(isinstance(shard, str) for shard in names.values()):
@@ -221,15 +225,17 @@ def _tensors(directory: pathlib.Path) -> tuple[dict[str, Tensor], str]:
     tensors: dict[str, Tensor] = {}
     dtypes = set()
     for shard in shards:
-        found = _shard(_inside(directory, shard))
+        found = shard_tensors(_inside(directory, shard))
         wanted = set(found) if names is None else {name for name, file in names.items() if file == shard}
         if absent := sorted(wanted.difference(found)):
             raise invalid(f"{directory / shard}: expected the tensors that {_INDEX} names.", missing=absent[:20])
         for name in wanted:
-            tensors[re.sub(r"^(model|transformer)\.", "", name)], dtype = found[name]
-            dtypes.add(dtype)
+            own = re.sub(r"^(model|transformer)\.", "", name)
+            tensors[own], dtype = found[name]
+            if not own.startswith(_HEADS):
+                dtypes.add(dtype)
     order = [dtype for dtype in ("float32", "bfloat16", "float16") if dtype in dtypes]
-    return tensors, "float32" if len(order) > 1 else order[0]
+    return tensors, order[0] if len(order) == 1 else "float32"
 
 
 def _refuse_pickles(directory: pathlib.Path) -> None:
@@ -261,7 +267,7 @@ def _inside(directory: pathlib.Path, shard: str) -> pathlib.Path:
     return path
 
 
-def _shard(path: pathlib.Path) -> dict[str, tuple[Tensor, str]]:
+def shard_tensors(path: pathlib.Path) -> dict[str, tuple[Tensor, str]]:
     """The tensors of a safetensors file, with their dtypes; the library checks the header against the file."""
     import safetensors
 

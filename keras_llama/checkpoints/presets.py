@@ -15,7 +15,7 @@ from keras_llama.config import invalid
 
 _HUB = "hf://"
 _SMOLLM2 = "smollm2_135m_instruct"
-_FORMATS = ("hf", "gguf")
+_FORMATS = ("hf", "gguf", "peft")
 _WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?")
 
 
@@ -135,13 +135,14 @@ def _smollm2() -> Checkpoint:
 
 
 def save_checkpoint(task, path, format="hf", *, overwrite=False, quantization="f32", max_shard_size=2_000_000_000):
-    """Writes a task for other tools: Transformers and vLLM ("hf"), or llama.cpp and Ollama ("gguf").
+    """Writes a task for other tools: Transformers and vLLM ("hf"), llama.cpp and Ollama ("gguf"), or PEFT ("peft").
 
     Args:
         task: a task or anything with its `checkpoint_settings()`.
-        path: a directory for "hf", a file for "gguf"; written beside and then renamed.
+        path: a directory for "hf" and "peft", a file for "gguf"; written beside and then renamed.
         format: "hf" writes sharded safetensors, index, `config.json`, `generation_config.json` and the
-            tokenizer files byte for byte as they came; "gguf" one file with tokenizer and chat template.
+            tokenizer files byte for byte as they came; "gguf" one file with tokenizer and chat template; "peft" the
+            LoRA adapter in use alone.
         overwrite: whether files of an earlier checkpoint at `path` may be replaced; others stay.
         quantization: "f32", "f16" or "q8_0"; for "gguf" only.
         max_shard_size: most bytes of a safetensors file.
@@ -157,6 +158,9 @@ def save_checkpoint(task, path, format="hf", *, overwrite=False, quantization="f
     """
     if format not in _FORMATS:
         raise invalid(f"`format` must be one of {list(_FORMATS)}.", format=format)
+    if format == "peft":
+        task.write_adapter(path, overwrite)
+        return
     settings = task.checkpoint_settings()
     if settings["differs"]:
         raise invalid(

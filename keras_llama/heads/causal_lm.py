@@ -94,6 +94,18 @@ class LlamaCausalLM(LanguageModel):
             for row, flags in zip(ids, trained, strict=True)
         ]
 
+    def count_rows(self, x, packing=False):
+        """How many rows `fit` makes of texts or conversations, as a schedule of the learning rate has to know.
+
+        >>> tokenizer = keras_llama.SentencePieceTokenizer.train(["a b c"] * 9, vocabulary_size=270)
+        >>> preprocessor = keras_llama.TextPreprocessor(tokenizer, sequence_length=16)
+        >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=270, **keras_llama.size("tiny"))
+        >>> lm = keras_llama.LlamaCausalLM(backbone, preprocessor)
+        >>> lm.count_rows(["a b c"] * 9), lm.count_rows(["a b c"] * 9, packing=True)
+        (9, 3)
+        """
+        return len(self._rows(x, packing=packing)[1])
+
     def generate(
         self,
         prompts,

@@ -68,6 +68,15 @@ class LlamaClassifierEnsemble(LlamaTextClassifier):
             members=[member.name for member in self.members],
         )
 
+    def _of_members(self, *args, **kwargs):
+        raise invalid(
+            "Members are trained, adapted and quantised before they are one, each alone.",
+            "Call it on them and make the ensemble anew.",
+            members=[member.name for member in self.members],
+        )
+
+    features = fit_head = freeze_base = unfreeze_base = enable_lora = load_adapter = quantize = _of_members
+
     def get_config(self):
         members = [keras.saving.serialize_keras_object(member) for member in self.members]
         return {"members": members, "name": self.name, "trainable": self.trainable}

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_llama.adapters import Adaptable
 from keras_llama.backbone import LlamaBackbone
 from keras_llama.beside import written_beside
 from keras_llama.checkpoints import hf, loader, mapping, presets
@@ -16,7 +17,7 @@ from keras_llama.preprocessing import TextPreprocessor
 from keras_llama.spelled import SpelledTokenizer
 
 
-class Files(keras.Model):
+class Files(Adaptable):
     """The half of a task that reads and writes it.
 
     A head overrides what differs:
@@ -40,7 +41,8 @@ class Files(keras.Model):
                 else the dtype in which the checkpoint loses nothing (bfloat16 for quantised files). To
                 train all weights pass "mixed_bfloat16" or "float32".
             sequence_length: longest text to train on, in tokens; the checkpoint's own, at most 2,048, unless given.
-            **options: of the task, such as `labels`; a head that the checkpoint lacks starts at random.
+            **options: of the task, such as `labels`; a head that the checkpoint lacks starts at random, and a line
+                says so.
 
         Raises:
             ValueError: if the checkpoint cannot be read or does not fit, in one table of names.
@@ -59,7 +61,10 @@ class Files(keras.Model):
         backbone = loader.build_backbone(checkpoint, dtype, cls=cls.backbone_class)
         with no_random_weights():
             task = cls(backbone, preprocessor=preprocessor, **options)
-        loader.load(task, checkpoint, fresh=task.fresh_weights(checkpoint))
+        fresh = set(task.fresh_weights(checkpoint)) - set(checkpoint.tensors)
+        loader.load(task, checkpoint, fresh)
+        if fresh:
+            print(f"{checkpoint.source} has no {', '.join(sorted(fresh))}: drawn at random, to be trained")
         return task
 
     @classmethod
@@ -74,6 +79,18 @@ class Files(keras.Model):
 
     def checkpoint_settings(self):
         """What a checkpoint says of this task beside its weights, for `save_checkpoint`."""
+        if self.quantized:
+            raise invalid(
+                "A checkpoint of other tools holds the weights before `quantize`.",
+                'Write it before, or a "q8_0" GGUF file from the model as it was.',
+                quantized=self.quantized,
+            )
+        if self.adapters:
+            raise invalid(
+                "A checkpoint holds kernels, and this model has adapters beside them.",
+                'Call `merge_lora()` first, or write them apart by `save_checkpoint(format="peft")`.',
+                adapters=[*self.adapters],
+            )
         config, tokenizer = self.backbone.config, None if self.preprocessor is None else self.preprocessor.tokenizer
         fields = {**hf.fields_from_config(config), "dtype": self.dtype_policy.variable_dtype}
         fields["torch_dtype"] = fields["dtype"]  # the older spelling
@@ -147,12 +164,25 @@ class Files(keras.Model):
             "preprocessor": keras.saving.serialize_keras_object(self.preprocessor),
             "name": self.name,
             "trainable": self.trainable,
+            "adapters": self.adapter_settings,
+            "base_frozen": self.base_frozen,
+            "quantized": self.quantized,
         }
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
         nested = {key: keras.saving.deserialize_keras_object(config[key]) for key in ("backbone", "preprocessor")}
-        return cls(**{**config, **nested})
+        config = {**config, **nested}
+        adapters, quantized = config.pop("adapters", None), config.pop("quantized", None)
+        frozen = config.pop("base_frozen", False)
+        task = cls(**config)
+        if quantized:
+            task.quantize_as(quantized)
+        if adapters:
+            task.add_adapters(adapters)
+        if frozen:
+            task.freeze_base()
+        return task
 
     def _check_vocabulary(self):
         tokens, size = self.preprocessor.tokenizer.vocabulary_size, self.backbone.config.vocabulary_size

@@ -68,7 +68,7 @@ class Inputs:
             lengths,
             finish=lambda *batch: _without_none(self.finish_batch(*batch)),
             targets=self.check_targets(y, len(lengths), training=options.get("training", False)),
-            sample_weight=_weights(sample_weight, len(lengths)),
+            sample_weight=row_weights(sample_weight, len(lengths)),
             batch_size=batch_size or 32,
             shuffle_seed=shuffle_seed,
         )
@@ -85,7 +85,7 @@ class Inputs:
         if predicting:
             return (inputs,)
         rows = len(inputs[f"{self.sides[0]}token_ids"])
-        return _without_none(self.finish_batch(inputs, self.check_targets(y, rows), _weights(sample_weight, rows)))
+        return _without_none(self.finish_batch(inputs, self.check_targets(y, rows), row_weights(sample_weight, rows)))
 
     def _are_token_ids(self, x, packing=False):
         """Whether `x` needs no tokenizer; such rows, and those of other tasks, cannot be packed."""
@@ -201,7 +201,8 @@ def _without_none(batch):
     return tuple(part for part in batch if part is not None)
 
 
-def _weights(sample_weight, rows):
+def row_weights(sample_weight, rows):
+    """A weight per row, float32 (B,), checked; `None` stays `None`."""
     if sample_weight is None:
         return None
     weights = np.asarray(sample_weight, "float32")

@@ -17,6 +17,7 @@ from keras_llama.generation import TokenLoop
 from keras_llama.heads.plan import make_plan
 from keras_llama.heads.task import Task
 from keras_llama.layers import kernel_initializer
+from keras_llama.lora import Projection
 from keras_llama.losses import (
     Perplexity,
     TokenAccuracy,
@@ -38,7 +39,7 @@ def _without_logits(step):
 
     @functools.wraps(step)
     def run(self, *args):
-        token = _at_hidden.set(self.chunked)
+        token = _at_hidden.set(self.chunked and not self.quantized)  # whose head has no kernel of floats
         weights = keras.utils.unpack_x_y_sample_weight(args[-1])[2]
         try:
             with weighing(None if weights is None else ops.sum(ops.cast(weights, "float32"))):
@@ -69,7 +70,7 @@ class LanguageModel(Task):
         if backbone.config.tie_word_embeddings:
             to_logits = backbone.token_embedding
         else:
-            to_logits = keras.layers.Dense(
+            to_logits = Projection(
                 backbone.config.vocabulary_size,
                 use_bias=False,
                 kernel_initializer=kernel_initializer(),
@@ -119,7 +120,9 @@ class LanguageModel(Task):
         groups = [group for block in self.backbone.blocks for group in block.projections]
         groups.append((self._to_logits,))
         dtype = self.dtype_policy.compute_dtype
-        return TokenLoop(step, self.backbone.config, self.weights, dtype, groups, lambda: self.jit_choice is True)
+        return TokenLoop(
+            step, self.backbone.config, self.weights, dtype, groups, lambda: self.compile_options["jit_compile"] is True
+        )
 
     def generating(self, loop, text, context_length, **defaults):
         """What `serving` needs to generate: a function, its inputs after the texts, and their defaults.

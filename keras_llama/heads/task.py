@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import types
 import warnings
 
 import keras
@@ -31,7 +32,8 @@ class Task(Inputs, Files):
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.dtype_policy = backbone.dtype_policy
-        self.jit_choice = "auto"  # what `compile` was told
+        self.adapters, self.active_adapter, self.base_frozen, self.quantized = {}, None, False, None
+        self.compile_options = types.MappingProxyType({"jit_compile": "auto"})
         if preprocessor is not None and preprocessor.tokenizer.files:
             self._check_vocabulary()
 
@@ -82,15 +84,9 @@ class Task(Inputs, Files):
             given and [named.get(m, m) if isinstance(m, str) else m for m in given]
             for given in (metrics, weighted_metrics)
         )
-        self.jit_choice = jit_compile
-        super().compile(
-            optimizer=optimizer,
-            loss=loss,
-            metrics=metrics,
-            weighted_metrics=weighted_metrics,
-            jit_compile=backend.resolve_jit(jit_compile),
-            **kwargs,
-        )
+        options = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics, **kwargs}
+        self.compile_options = types.MappingProxyType({**options, "jit_compile": jit_compile})  # not a dict: untracked
+        super().compile(optimizer, **options, jit_compile=backend.resolve_jit(jit_compile))
         backend.prepare_updates(self.optimizer, by_xla=jit_compile == "auto")
         self.choose_step(metrics, weighted_metrics, **kwargs)
 
@@ -112,7 +108,7 @@ class Task(Inputs, Files):
     def get_compile_config(self):
         """Keeps "auto" as it is: another backend may choose otherwise."""
         config = super().get_compile_config()
-        return {**config, "jit_compile": self.jit_choice} if config else config
+        return {**config, "jit_compile": self.compile_options["jit_compile"]} if config else config
 
     def compile_from_config(self, config):
         self.compile(**keras.saving.deserialize_keras_object(config))
@@ -160,12 +156,13 @@ class Task(Inputs, Files):
         half = {v.dtype for v in self.trainable_variables} & {"bfloat16", "float16"}
         if half:
             warnings.warn(
-                f"The weights that are trained are {half.pop()}, which loses small updates. "
+                f"The weights that are trained are {half.pop()}, which loses small updates; bfloat16 loses all of "
+                "Adam's, whose 0.999 is 1 there. "
                 'Load or build the model with dtype="mixed_bfloat16" or "float32" to train it.',
                 stacklevel=2,
             )
         if validation_split:
-            (x, y, sample_weight), validation_data = _hold_out(validation_split, x, y, sample_weight)
+            (x, y, sample_weight), validation_data = hold_out(validation_split, x, y, sample_weight)
         seed = int(np.random.randint(2**31)) if shuffle else None  # from `keras.utils.set_random_seed`
         state = None if resume is None else TrainingState(resume)
         seed = seed if state is None or state.seed is None else state.seed
@@ -198,12 +195,8 @@ class Task(Inputs, Files):
         """Logits, float32, a row for each text or row of token ids, in their order."""
         if isinstance(x, keras.utils.PyDataset):
             return super().predict(self._dataset(x, predicting=True), **kwargs)
-        inputs, lengths = self._rows(x, predicting=True, one_length=len(self.output_shape) == 3)
-        batches = Batches(inputs, lengths, lambda inputs, *_: (inputs,), batch_size=batch_size or 32)
-        outputs = super().predict(backend.stream(batches), **kwargs)
-        restored = np.empty_like(outputs)
-        restored[batches.order] = outputs
-        return restored
+        rows = self._rows(x, predicting=True, one_length=len(self.output_shape) == 3)
+        return in_order(super().predict, rows, batch_size, **kwargs)
 
     def export(self, filepath, *, format="tf_saved_model", overwrite=False, versioned=False, jit=False):
         """Writes a TensorFlow SavedModel that needs nothing but TensorFlow; see docs/serving.md for its signatures.
@@ -259,7 +252,17 @@ class Task(Inputs, Files):
         }
 
 
-def _hold_out(share, x, y, sample_weight):
+def in_order(predict, rows, batch_size=None, **kwargs):
+    """What `predict` makes of rows as `_rows` gives them, in their order; it gets rows of like length together."""
+    inputs, lengths = rows
+    batches = Batches(inputs, lengths, lambda inputs, *_: (inputs,), batch_size=batch_size or 32)
+    outputs = predict(backend.stream(batches), **kwargs)
+    restored = np.empty_like(outputs)
+    restored[batches.order] = outputs
+    return restored
+
+
+def hold_out(share, x, y, sample_weight):
     """Splits the last `share` of the rows off: ((x, y, w) to train on, (x, y, w) to validate on)."""
     if not 0 < share < 1 or isinstance(x, keras.utils.PyDataset):
         raise invalid("`validation_split` must lie in (0, 1) and needs lists or arrays.", validation_split=share)

@@ -4,10 +4,11 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_llama import backend
 from keras_llama.checkpoints import hf
 from keras_llama.config import invalid
 from keras_llama.export.saved_model import STRINGS, Signature
-from keras_llama.heads.task import Task
+from keras_llama.heads.pooled import PooledTask
 from keras_llama.layers import kernel_initializer, register
 
 POOLINGS = ("last", "mean")
@@ -44,7 +45,7 @@ class Pooling(keras.layers.Layer):
 
 
 @register
-class LlamaTextClassifier(Task):
+class LlamaTextClassifier(PooledTask):
     """Texts -> logits (B, C), float32; `classify` gives labels and scores.
 
     Args:
@@ -88,9 +89,10 @@ class LlamaTextClassifier(Task):
             backbone(backbone.input), backbone.input["padding_mask"]
         )
         pooled = keras.layers.Dropout(dropout, dtype=policy, name="pooled_dropout")(pooled)
-        logits = keras.layers.Dense(
-            num_classes, use_bias=False, kernel_initializer=kernel_initializer(), dtype=policy, name="score"
-        )(pooled)
+        options = {"use_bias": False, "kernel_initializer": kernel_initializer(), "name": "score"}
+        # Beside a frozen base the head is still trained.
+        score = keras.layers.Dense(num_classes, **options, dtype=backend.with_float32_weights(policy))
+        logits = score(pooled)
         logits = keras.layers.Activation("linear", dtype="float32", name="logits")(logits)
         super().__init__(backbone, preprocessor, logits, **kwargs)
         self._describe(num_classes, labels, problem_type)

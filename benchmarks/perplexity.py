@@ -1,0 +1,111 @@
+"""What fewer bits cost: perplexity of a language model in each dtype, alone and under LoRA, beside llama.cpp.
+
+    KERAS_BACKEND=torch python -m benchmarks.perplexity --text book.txt [--preset smollm2_135m_instruct] [--steps 40]
+                                                         [--llama-cpp q4_1.gguf] [--models float32 int8 ...]
+
+The first 50,000 bytes of the text, in windows of 512 tokens whose first has none before it. An adapter (rank 8, beside
+all linear kernels) is trained for `--steps` of 4 x 256 tokens on what follows in the text. llama.cpp reads
+`--llama-cpp`, and q8_0 of the same weights written here; it is asked for the log-probability of each next token.
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import urllib.request
+
+import numpy as np
+
+BYTES, WINDOW = 50_000, 512
+BATCH, LENGTH, RANK = 4, 256, 8
+DTYPES = ("float32", "bfloat16", "int8", "int4")
+
+
+def windows(tokenizer, text: str, length: int) -> list[list[int]]:
+    (ids,) = tokenizer.encode([text])
+    return [ids[i : i + length] for i in range(0, len(ids) - 1, length)]
+
+
+def perplexity(log_probs) -> float:
+    return math.exp(-np.mean(log_probs))
+
+
+def here(args, dtype: str, text: str, rest: str) -> None:
+    """Perplexity of the model in this dtype, before and after an adapter is trained."""
+    import keras
+
+    import keras_llama
+
+    keras.utils.set_random_seed(0)
+    computed = "bfloat16" if dtype == "bfloat16" else "float32"
+    lm = keras_llama.LlamaCausalLM.from_preset(args.preset, dtype=computed)
+    if dtype.startswith("int"):
+        lm.quantize(dtype)
+    rows = windows(lm.preprocessor.tokenizer, text, WINDOW)
+
+    def measured():
+        return perplexity(np.concatenate([row["log_probs"] for row in lm.score(rows, batch_size=1)]))
+
+    print(f"{dtype}: {measured():.3f} over {sum(map(len, rows)) - len(rows)} tokens", flush=True)
+    if not args.steps:
+        return
+    lm.enable_lora(RANK, targets="all-linear")
+    lm.compile(keras.optimizers.Adam(2e-4))
+    learned = windows(lm.preprocessor.tokenizer, rest, LENGTH)[: args.steps * BATCH]
+    lm.fit(np.array(learned, "int32"), batch_size=BATCH, verbose=0)
+    print(f"{dtype} under LoRA, {args.steps} steps: {measured():.3f}", flush=True)
+
+
+class LlamaCpp:
+    """A file served by llama.cpp."""
+
+    def __init__(self, path: str):
+        import xllamacpp
+
+        settings = xllamacpp.CommonParams()
+        settings.model.path = path
+        settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = 2 * WINDOW, 1, 2
+        self.server = xllamacpp.Server(settings)
+
+    def log_prob(self, before: list[int], wanted: int, most: int = 100) -> float:
+        """Of a token after others, which stay in the server's cache; only the `most` likely ones are sent at first."""
+        options = {"prompt": before, "n_predict": 1, "n_probs": most, "cache_prompt": True, "temperature": 0.0}
+        address = self.server.listening_address + "/completion"
+        with urllib.request.urlopen(urllib.request.Request(address, json.dumps(options).encode())) as answer:
+            (told,) = json.load(answer)["completion_probabilities"]
+        found = {one["id"]: one["logprob"] for one in told["top_logprobs"]}
+        return found[wanted] if wanted in found else self.log_prob(before, wanted, 100 * most)
+
+
+def beside(args, text: str) -> None:
+    import keras_llama
+
+    lm = keras_llama.LlamaCausalLM.from_preset(args.preset, dtype="float32")
+    rows = windows(lm.preprocessor.tokenizer, text, WINDOW)
+    with tempfile.TemporaryDirectory() as directory:
+        written = f"{directory}/q8_0.gguf"
+        keras_llama.save_checkpoint(lm, written, format="gguf", quantization="q8_0")
+        for name, path in (("its own file", args.llama_cpp), ("q8_0", written)):
+            judge = LlamaCpp(path)
+            found = [judge.log_prob(row[:i], row[i]) for row in rows for i in range(1, len(row))]
+            print(f"llama.cpp, {name}: {perplexity(found):.3f}", flush=True)
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    flags.add_argument("--text", required=True)
+    flags.add_argument("--preset", default="smollm2_135m_instruct")
+    flags.add_argument("--steps", type=int, default=40)
+    flags.add_argument("--llama-cpp", metavar="FILE")
+    flags.add_argument("--models", nargs="*", choices=DTYPES, default=DTYPES)
+    args = flags.parse_args()
+    with open(args.text, "rb") as file:
+        text, rest = (file.read(size).decode(errors="ignore") for size in (BYTES, 20 * BYTES))
+    for dtype in args.models:
+        here(args, dtype, text, rest)
+    if args.llama_cpp:
+        beside(args, text)
+
+
+if __name__ == "__main__":
+    main()

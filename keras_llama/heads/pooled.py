@@ -1,0 +1,115 @@
+"""PooledTask: a head on one vector per text, which can be trained alone. Shapes: B batch, T tokens, D hidden."""
+
+import functools
+
+import keras
+import numpy as np
+
+from keras_llama.config import invalid
+from keras_llama.heads.inputs import row_weights
+from keras_llama.heads.task import Task, hold_out, in_order
+
+
+class PooledTask(Task):
+    """A task whose graph goes through vectors (B, D), the output of the layer named `pooled`."""
+
+    pooled = "pooling"
+
+    def features(self, x, batch_size=None):
+        """The vectors that the head reads, (N, D), of texts or token ids, in their order.
+
+        Args:
+            x: what `predict` takes.
+            batch_size: rows per step; 32 unless given.
+
+        Raises:
+            ValueError: for a text that is empty or no string.
+
+        >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
+        >>> classifier = keras_llama.LlamaTextClassifier(backbone, num_classes=3)
+        >>> classifier.features(np.array([[5, 8, 2]])).shape
+        (1, 128)
+        """
+        return self._vectors(self._rows(x, predicting=True), batch_size)
+
+    def fit_head(
+        self,
+        x,
+        y,
+        batch_size=None,
+        epochs=1,
+        *,
+        sample_weight=None,
+        validation_data=None,
+        validation_split=0.0,
+        **kwargs,
+    ):
+        """Freezes all but the head and trains that: `features` of each text are computed once, not in each epoch.
+
+        It is what `freeze_base()` and `fit` would do with a backbone that drops nothing out.
+
+        Args:
+            x, y, batch_size, epochs, sample_weight, validation_data, validation_split: as `fit` takes them, but no
+                `PyDataset`; instead of texts also their vectors (N, D), as `features` gives them.
+            **kwargs: everything else that Keras' `fit` takes.
+
+        Returns:
+            The `History`. Callbacks see the model of the head alone, whose layers are this one's.
+
+        Raises:
+            ValueError: as `fit`, or if the task is not compiled.
+
+        >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
+        >>> classifier = keras_llama.LlamaTextClassifier(backbone, num_classes=2)
+        >>> classifier.compile()
+        >>> history = classifier.fit_head(np.array([[5, 8, 2], [7, 3, 3]]), [0, 1], epochs=2, verbose=0)
+        >>> len(history.history["loss"])
+        2
+        """
+        if not self.compiled:
+            raise invalid("The task must be compiled to be trained.", "Call `compile()` first.", compiled=False)
+        if unknown := {"resume", "packing"} & set(kwargs):
+            raise invalid("`fit_head` has no such options.", "`freeze_base()` and `fit` do.", options=sorted(unknown))
+        if validation_split:
+            (x, y, sample_weight), validation_data = hold_out(validation_split, x, y, sample_weight)
+        parts = [self._checked(x, y, sample_weight, training=True)]
+        if validation_data is not None:
+            given = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
+            x, y, sample_weight = (*given, None, None)[:3]
+            parts.append(self._checked(x, y, sample_weight, argument="validation_data"))
+        computed = [(self._vectors(rows, batch_size), targets, weights) for rows, targets, weights in parts]
+        self.freeze_base()
+        head = keras.Model(self.get_layer(self.pooled).output, self.output)
+        head.dtype_policy = self.dtype_policy  # which decides whether the loss is scaled
+        head.compile(self.optimizer, **{**self.compile_options, "jit_compile": self.jit_compile})
+        vectors, targets, weights = computed[0]
+        held = computed[1] if len(computed) > 1 else None
+        options = {"validation_data": held, "batch_size": batch_size, "epochs": epochs, **kwargs}
+        return head.fit(vectors, targets, sample_weight=weights, **options)
+
+    def _checked(self, x, y, sample_weight, argument="x", training=False):
+        """Rows as `_rows` gives them, or vectors, with targets and weights of the user's data."""
+        if isinstance(x, keras.utils.PyDataset):
+            raise invalid(
+                f"`{argument}` must be texts or token ids in memory, as their vectors will be.",
+                "`freeze_base()` and `fit` read a PyDataset.",
+                **{argument: type(x).__name__},
+            )
+        if isinstance(x, np.ndarray) and keras.backend.is_float_dtype(x.dtype.name):
+            shape = (len(x), *self.get_layer(self.pooled).output.shape[1:])
+            if x.shape != shape:
+                raise invalid(f"`{argument}` must hold vectors of shape {shape}.", **{argument: x.shape})
+            rows, count = x, len(x)
+        else:
+            rows = self._rows(x, argument, predicting=True)
+            count = len(rows[1])
+        return rows, self.check_targets(y, count, training), row_weights(sample_weight, count)
+
+    def _vectors(self, rows, batch_size):
+        if isinstance(rows, np.ndarray):
+            return rows
+        return in_order(self._until_head.predict, rows, batch_size, verbose=0)
+
+    @functools.cached_property
+    def _until_head(self):
+        return keras.Model(self.input, self.get_layer(self.pooled).output)

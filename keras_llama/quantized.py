@@ -1,0 +1,141 @@
+"""A task whose kernels have few bits: rounded as they are, or by what texts show to matter."""
+
+import copy
+import functools
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_llama import backend
+from keras_llama.config import invalid
+
+_MODES = ("int8", "int4")
+_CALIBRATED = {"gptq": keras.quantizers.GPTQConfig, "awq": keras.quantizers.AWQConfig}
+
+
+class Quantizable(keras.Model):
+    """The part of a task that rounds its kernels, by Keras' quantizers."""
+
+    backbone: Any
+    preprocessor: Any
+    head: str
+    adapters: dict[str, dict[str, Any]]
+    quantized: str | None
+    compile_options: Mapping[str, Any]
+
+    def quantize(self, mode=None, config=None, **kwargs):
+        """Keras' `quantize` of every kernel and embedding but a classifier's head: a base for decoding, or under LoRA.
+
+        A quantised model is saved and loaded as it is. Its kernels are no longer trained. GPTQ (Frantar et al., 2022,
+        https://arxiv.org/abs/2210.17323) and AWQ (Lin et al., 2023, https://arxiv.org/abs/2306.00978) choose what
+        kernels of blocks are rounded to by what texts put into them, and leave embeddings and head as they are.
+
+        Args:
+            mode: "int8" (kernels a fourth of float32's size) or "int4" (an eighth).
+            config: a `keras.quantizers` configuration in place of the mode; the `dataset` of a `GPTQConfig` or
+                `AWQConfig` holds strings, or rows of token ids, and its `tokenizer` may be `None`: it is the task's.
+
+        Raises:
+            ValueError: for another mode, if the model is quantised already, or has adapters, or if GPTQ or AWQ are
+                asked of an encoder-decoder or without a dataset.
+
+        >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
+        >>> lm = keras_llama.LlamaCausalLM(backbone)
+        >>> lm.quantize("int8")
+        >>> str(lm.backbone.blocks[0].mlp.up.kernel.dtype)
+        'int8'
+        """
+        mode = getattr(config, "mode", mode)
+        if mode not in _MODES and not isinstance(config, tuple(_CALIBRATED.values())):
+            raise invalid(f"`mode` must be one of {list(_MODES)}.", "GPTQ and AWQ need their configuration.", mode=mode)
+        if self.quantized or self.adapters:
+            raise invalid(
+                "A model is quantised once, and before it has adapters.",
+                "Load it anew, or call `merge_lora()` first.",
+                quantized=self.quantized,
+                adapters=[*self.adapters],
+            )
+        quantized = mode
+        if mode in _CALIBRATED:
+            config = self._calibration(config)
+            quantized = f"{mode}/{config.weight_bits}/{config.group_size}"
+        with warnings.catch_warnings():  # Keras asks each layer, and most have nothing to quantise
+            warnings.filterwarnings("ignore", ".*does not have a `quantize` method")
+            super().quantize(mode, config=config, filters=functools.partial(self._rounds, mode), **kwargs)
+        self.quantized = quantized
+        self.forget_functions()
+
+    def quantize_as(self, quantized):
+        """Makes the layers those of a model with this value of `quantized`, whose weights are still to come."""
+        mode, *numbers = quantized.split("/")
+        if not numbers:
+            return self.quantize(mode)
+        bits, group = map(int, numbers)
+        config = _CALIBRATED[mode](None, None, weight_bits=bits, group_size=group)
+        self.quantized = quantized
+        for _, layer in self._projections():
+            layer.quantize(mode, config=config)
+            del layer._kernel  # as Keras does after the calibration
+        return self.forget_functions()
+
+    def get_quantization_layer_structure(self, mode=None):
+        """What Keras runs a text through, one after another, to see what enters each kernel."""
+        backbone = self.backbone
+        blocks = [_Alone(backbone.positions, block) for block in backbone.blocks]
+        return {"pre_block_layers": [backbone.token_embedding], "sequential_blocks": blocks}
+
+    def _rounds(self, mode, layer):
+        """Whether a layer is quantised in this mode; a classifier's head is small, and still trained."""
+        if mode in _CALIBRATED:
+            return any(layer is one for _, one in self._projections())
+        return self.head == "lm_head" or layer.name != self.head
+
+    def _calibration(self, config):
+        """The configuration with rows of token ids."""
+        if hasattr(self.backbone, "encoder_blocks") or self.backbone.config.num_ngrams:
+            hint = 'Take "int8" or "int4".'
+            raise invalid("GPTQ and AWQ need a model without an encoder and without n-grams.", hint, mode=config.mode)
+        texts = [] if config.dataset is None else list(config.dataset)
+        if not texts or (isinstance(texts[0], str) and self.preprocessor is None):
+            raise invalid(
+                "`dataset` must hold strings, or rows of token ids for a task without a preprocessor.",
+                dataset=config.dataset,
+            )
+        config = copy.copy(config)
+        rows = self.preprocessor.tokenizer.encode(texts) if isinstance(texts[0], str) else texts
+        config.dataset, config.tokenizer = [np.asarray(row, "int32") for row in rows], self
+        return config
+
+    def forget_functions(self):
+        """Drops what was compiled for the model as it was; an optimiser that has its state begins anew."""
+        backend.find_weights(self)
+        self.train_function = self.test_function = self.predict_function = None
+        for kind in type(self).__mro__:
+            for name, value in vars(kind).items():
+                if isinstance(value, functools.cached_property) and kind.__module__.startswith("keras_llama"):
+                    self.__dict__.pop(name, None)
+        if self.compiled and self.optimizer.built:
+            self.compile(type(self.optimizer).from_config(self.optimizer.get_config()), **self.compile_options)
+
+    def _projections(self):
+        """Path and layer of every projection that may have adapters."""
+        for block in (*getattr(self.backbone, "encoder_blocks", ()), *self.backbone.blocks):
+            for layer in (layer for group in block.projections for layer in group):
+                yield layer.path, layer  # such as block_0/attention/query
+
+
+class _Alone(keras.layers.Layer):
+    """A block with nothing beside hidden states (B, T, D) to be told: no row has padding."""
+
+    def __init__(self, positions, block):
+        super().__init__(autocast=False)
+        self.positions, self.block = positions, block
+
+    def call(self, x):
+        ones = ops.ones(ops.shape(x)[:2], "int32")
+        hidden, _ = self.block(x, *self.positions(ones, ones))
+        return hidden

@@ -1,0 +1,159 @@
+"""Bases in float32, bfloat16, int8 and int4, alone and under LoRA: trained, saved, loaded, generated, exported."""
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_llama
+
+IDS = np.random.default_rng(3).integers(1, 60, (16, 12)).astype("int32")
+
+
+@pytest.fixture
+def make(make_backbone):
+    """A language model of one block in a dtype or quantised, with an adapter or without."""
+
+    def make(dtype, lora, tied=True):
+        computed = "bfloat16" if dtype == "bfloat16" else "float32"
+        backbone = make_backbone(num_layers=1, tie_word_embeddings=tied, dtype=computed)
+        lm = keras_llama.LlamaCausalLM(backbone, generation_config={"eos_token_id": []})
+        if dtype.startswith("int"):
+            lm.quantize(dtype)
+        if lora:
+            lm.enable_lora(rank=2, targets="all-linear")
+        lm.compile(keras.optimizers.SGD(0.1))
+        return lm
+
+    return make
+
+
+DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
+LORA = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
+
+
+@DTYPES
+@LORA
+@pytest.mark.filterwarnings("ignore:The weights that are trained are bfloat16")
+def test_trained_saved_and_loaded_it_is_the_same(make, dtype, lora, tmp_path):
+    lm = make(dtype, lora)
+    frozen = [(weight, ops.convert_to_numpy(ops.cast(weight, "float32"))) for weight in lm.non_trainable_weights]
+    losses = lm.fit(IDS, epochs=3, batch_size=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    for weight, before in frozen:
+        np.testing.assert_array_equal(before, ops.convert_to_numpy(ops.cast(weight, "float32")))
+    lm.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.quantized == (dtype if dtype.startswith("int") else None)
+    np.testing.assert_array_equal(*(task.predict(IDS, verbose=0) for task in (lm, loaded)))
+    tokens = [task.generate(IDS[:2, :5], max_new_tokens=4)["token_ids"] for task in (lm, loaded)]
+    np.testing.assert_array_equal(*tokens)
+
+
+@DTYPES
+@LORA
+@pytest.mark.slow
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="another backend rounds otherwise")
+@pytest.mark.filterwarnings("ignore:The SavedModel takes token ids")
+def test_exported_it_is_the_same(make, dtype, lora, tmp_path):
+    import tensorflow as tf
+
+    lm = make(dtype, lora)
+    for i, weight in enumerate(lm.trainable_weights if lora else []):
+        weight.assign(np.random.default_rng(i).normal(size=weight.shape) * 0.3)
+    lm.export(tmp_path / "served")
+    served = tf.saved_model.load(tmp_path / "served").signatures["logits"]
+    found = served(token_ids=tf.constant(IDS), padding_mask=tf.ones_like(IDS))["logits"].numpy()
+    expected = lm.predict(IDS, verbose=0)
+    tolerance = 2**-7 if dtype == "bfloat16" else 1e-5  # one step of its 8 bits, relative to the largest
+    assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize(("mode", "near", "tied"), [("int8", 0.02, True), ("int4", 0.3, False)])
+def test_the_loss_of_a_quantised_model_is_near_that_of_the_model(make, mode, near, tied):
+    before = make("float32", lora=False, tied=tied).evaluate(IDS, verbose=0)[0]
+    found = make(mode, lora=False, tied=tied).evaluate(IDS, verbose=0, return_dict=True)
+    assert found["loss"] == pytest.approx(before, rel=near)
+    assert found["perplexity"] == pytest.approx(np.exp(found["loss"]), rel=1e-4)
+
+
+def test_a_classifier_keeps_its_head_to_be_trained(make_backbone, tmp_path):
+    classifier = keras_llama.LlamaTextClassifier(make_backbone(num_layers=1), num_classes=3)
+    classifier.quantize("int8")
+    classifier.compile(keras.optimizers.Adam(1e-2))
+    losses = classifier.fit_head(IDS, IDS[:, 0] % 3, epochs=5, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    classifier.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(*(task.predict(IDS, verbose=0) for task in (classifier, loaded)))
+    with pytest.raises(ValueError, match="frozen for good"):
+        loaded.unfreeze_base()
+
+
+def test_orders_that_are_refused(make_backbone, tmp_path):
+    lm = keras_llama.LlamaCausalLM(make_backbone())
+    with pytest.raises(ValueError, match=r"`mode` must be one of \['int8', 'int4'\]"):
+        lm.quantize("float8")
+    lm.enable_lora(rank=2)
+    with pytest.raises(ValueError, match="before it has adapters"):
+        lm.quantize("int8")
+    lm.merge_lora()
+    lm.quantize("int8")
+    with pytest.raises(ValueError, match="quantised once"):
+        lm.quantize("int8")
+    with pytest.raises(ValueError, match="holds the weights before `quantize`"):
+        lm.save_to_preset(tmp_path / "preset")
+    lm.enable_lora(rank=2)
+    with pytest.raises(ValueError, match="takes no adapter in"):
+        lm.merge_lora()
+
+
+CALIBRATED = {
+    "gptq": lambda texts: keras.quantizers.GPTQConfig(texts, None, num_samples=16, sequence_length=12, group_size=16),
+    "awq": lambda texts: keras.quantizers.AWQConfig(texts, None, num_samples=16, sequence_length=12, group_size=16),
+}
+
+
+def logits(lm):
+    return ops.convert_to_numpy(lm({"token_ids": IDS, "padding_mask": np.ones_like(IDS)}))
+
+
+@pytest.mark.parametrize("mode", CALIBRATED)
+def test_calibrated_it_is_saved_and_loaded_and_takes_an_adapter(mode, make, tmp_path):
+    lm, rounded = make("float32", lora=False), make("int4", lora=False)
+    expected = logits(lm)
+    lm.quantize(config=CALIBRATED[mode](list(IDS)))
+    found = logits(lm)
+    assert np.abs(found - expected).mean() < np.abs(logits(rounded) - expected).mean()
+    assert lm.quantized == f"{mode}/4/16"
+    lm.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(logits(loaded), found)
+    tokens = [task.generate(IDS[:2, :5], max_new_tokens=4)["token_ids"] for task in (lm, loaded)]
+    np.testing.assert_array_equal(*tokens)
+    loaded.enable_lora(rank=2, targets="all-linear")
+    loaded.compile(keras.optimizers.SGD(0.1))
+    losses = loaded.fit(IDS, epochs=3, batch_size=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    loaded.save(tmp_path / "adapted.keras")
+    again = keras.saving.load_model(tmp_path / "adapted.keras")
+    np.testing.assert_array_equal(logits(again), logits(loaded))
+
+
+def test_calibration_reads_texts_by_the_tokenizer_of_the_task(chat_lm, monkeypatch):
+    seen = []
+    monkeypatch.setattr(keras.Model, "quantize", lambda self, mode, config, filters: seen.append(config.dataset))
+    chat_lm.quantize(config=CALIBRATED["gptq"](["a good film", "what is"]))
+    (rows,) = seen
+    wanted = chat_lm.preprocessor.tokenizer.encode(["a good film", "what is"])
+    assert [row.tolist() for row in rows] == [list(row) for row in wanted]
+
+
+@pytest.mark.parametrize("texts", [None, [], ["a text"]])
+def test_calibration_without_a_dataset_is_refused(make, texts):
+    lm = make("float32", lora=False)
+    with pytest.raises(ValueError, match=r"`dataset` must hold.*Received"):
+        lm.quantize(config=CALIBRATED["gptq"](texts))
+    assert lm.quantized is None
+    with pytest.raises(ValueError, match="GPTQConfig"):
+        lm.quantize("gptq")
