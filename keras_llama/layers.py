@@ -169,7 +169,7 @@ class _Attention(keras.layers.Layer):
 
     @property
     def projections(self):
-        """The layers that a step of decoding reads, those of one input together, as `project` takes them."""
+        """The layers with a kernel, those of one input together, as `project` takes them."""
         return (self.query, self.key, self.value), (self.attention_output,)
 
     def get_config(self):
@@ -257,8 +257,8 @@ class LlamaCrossAttention(_Attention):
 
     @property
     def projections(self):
-        """As `LlamaAttention.projections`; keys and values are those of the source, computed before."""
-        return (self.query,), (self.attention_output,)
+        """As `LlamaAttention.projections`; keys and values read the source."""
+        return (self.query,), (self.key, self.value), (self.attention_output,)
 
 
 @register
@@ -405,6 +405,12 @@ class LlamaBlock(keras.layers.Layer):
         """As `LlamaAttention.projections`, of all parts."""
         parts = (self.attention, self.cross_attention, self.mlp)
         return tuple(group for part in parts if part is not None for group in part.projections)
+
+    @property
+    def step_projections(self):
+        """Those that a step of decoding reads; keys and values of a source are computed before."""
+        before = self.cross_attention and self.cross_attention.key
+        return tuple(group for group in self.projections if group[0] is not before)
 
     def _run(self, again, part, *layers):
         """A part of the block that reads these layers, as it is or computed again for its gradient."""

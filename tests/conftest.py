@@ -24,7 +24,7 @@ def _seed():
 
 @pytest.fixture(autouse=True)
 def _without_xla(request, monkeypatch):
-    """On TensorFlow the tests that are neither slow nor marked to be about XLA do without it, and without Grappler.
+    """On TensorFlow the tests that are neither slow nor marked by `xla` do without it, and without Grappler.
 
     They compile much and run little, so that what optimises a graph would take most of their time.
     """

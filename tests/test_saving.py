@@ -38,6 +38,7 @@ def backbone(**changes):
     return keras_llama.LlamaBackbone(vocabulary_size=30, **keras_llama.size("tiny"), **changes)
 
 
+@pytest.mark.xla
 def test_everything_comes_back_bit_equal_and_goes_on_training_where_it_was(tmp_path, inputs, run_python):
     """Backbone, classifier, tied and untied language model; the next losses depend on the optimiser's state."""
     models = {

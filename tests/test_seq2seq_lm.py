@@ -227,6 +227,33 @@ def test_starts_from_a_language_model(chat_lm, make_backbone, tied):
         keras_llama.LlamaSeq2SeqLM(backbone)
 
 
+@pytest.mark.parametrize("targets", ["cross_attention/", "all-linear"])
+def test_an_adapter_beside_both_halves(tokenizer, tmp_path, targets):
+    """Trained, saved, written and read again, merged: the frozen base and the same numbers each time."""
+    model, again = make(tokenizer), make(tokenizer)
+    inputs = {"source": SOURCES[:4], "target": TARGETS[:4]}
+    base = model.predict(inputs, verbose=0)
+    frozen = [ops.convert_to_numpy(weight) for weight in model.weights]
+    model.enable_lora(rank=2, targets=targets)
+    assert len(model.trainable_weights) == 2 * {"cross_attention/": 4, "all-linear": 7 + 7 + 4}[targets]
+    model.compile(keras.optimizers.Adam(5e-2))
+    losses = model.fit(SOURCES, TARGETS, epochs=6, batch_size=4, verbose=0).history["loss"]
+    assert losses[-1] < losses[0] - 0.1
+    kept = [ops.convert_to_numpy(weight) for weight in model.weights if not weight.trainable]
+    for before, after in zip(frozen, kept, strict=True):
+        np.testing.assert_array_equal(before, after)
+    adapted = model.predict(inputs, verbose=0)
+    assert np.abs(adapted - base).max() > 0.05
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_array_equal(loaded.predict(inputs, verbose=0), adapted)
+    keras_llama.save_checkpoint(model, tmp_path / "adapter", format="peft")
+    again.load_adapter(tmp_path / "adapter")
+    np.testing.assert_allclose(again.predict(inputs, verbose=0), adapted, atol=1e-5)
+    model.merge_lora()
+    np.testing.assert_allclose(model.predict(inputs, verbose=0), adapted, atol=1e-4)
+
+
 @pytest.mark.parametrize("jit", [False, True])
 def test_batches_are_padded_no_more_than_need_be(trained, jit):
     trained.compile(jit_compile=jit)

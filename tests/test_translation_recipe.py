@@ -79,9 +79,12 @@ def test_a_decoder_alone_is_fine_tuned(pairs, chat_lm, tmp_path, capsys):
         ("encoder-decoder", keras_llama.LlamaSeq2SeqLM),
     ):
         output = tmp_path / architecture
-        run(*flags, "--architecture", architecture, "--output-dir", output)
+        few = ["--trainable", "lora", "--lora-rank", 2]
+        run(*flags, "--architecture", architecture, "--output-dir", output, *few)
         model = keras.saving.load_model(output / "model.keras")
         assert isinstance(model, kind)
+        assert {weight.path.rsplit("/", 1)[1] for weight in model.trainable_weights} == {"lora_a", "lora_b"}
+        assert (output / "adapter" / "adapter_model.safetensors").is_file()
         assert getattr(model, "label_smoothing", 0.3) == 0.3
         assert json.loads((output / "metrics.json").read_text())["architecture"] == architecture
 

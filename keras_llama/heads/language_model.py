@@ -117,7 +117,7 @@ class LanguageModel(Task):
 
     def make_loop(self, step):
         """The `TokenLoop` over a step of this model."""
-        groups = [group for block in self.backbone.blocks for group in block.projections]
+        groups = [group for block in self.backbone.blocks for group in block.step_projections]
         groups.append((self._to_logits,))
         dtype = self.dtype_policy.compute_dtype
         return TokenLoop(
