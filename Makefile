@@ -16,7 +16,7 @@ demo-translation: $(VENV)/demo
 	KERAS_BACKEND=tensorflow $(RUN) -m tasks.translation $(DEMO_ARGS)
 
 # Tests compile much and run little: XLA need not optimise. What is slow or is the same on each backend runs on TensorFlow
-# only, in processes of its own; `make test QUICK=` runs all of it on each backend.
+# only, in processes of its own, and what is long not at all; `make test QUICK=` runs all of it on each backend.
 QUICK ?= not slow and not plain
 test: export XLA_FLAGS ?= --xla_backend_optimization_level=0
 # JAX compiles each program once for all workers, and for the next run.
@@ -29,7 +29,7 @@ test: $(VENV)/dev
 		KERAS_BACKEND=$$backend $(RUN) -m pytest $(PYTEST_ARGS) -m "$(QUICK)" || exit 1; \
 	done
 	$(if $(and $(QUICK),$(filter tensorflow,$(BACKENDS))),\
-		KERAS_BACKEND=tensorflow $(RUN) -m pytest $(PYTEST_ARGS) -m "not ($(QUICK))")
+		KERAS_BACKEND=tensorflow $(RUN) -m pytest $(PYTEST_ARGS) -m "not ($(QUICK)) and not long")
 
 lint: $(VENV)/dev
 	$(VENV)/bin/ruff check .

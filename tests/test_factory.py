@@ -87,6 +87,7 @@ for name in sys.argv[1:]:
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_saved_as_h5_and_keras_and_loaded_in_a_fresh_process(tmp_path, run_python, rng, monkeypatch):
     """Both formats, one after the other, each task; the optimiser comes back too."""

@@ -88,6 +88,7 @@ def test_suspects_are_ranked_by_the_probability_of_the_given_label():
     assert label_noise.suspects(given, np.where(np.eye(2)[given] == 1, 0.9, 0.1)).tolist() == []
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("not_exported")
 def test_the_recipe_finds_swapped_labels(tmp_path, capsys):

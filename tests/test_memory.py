@@ -41,6 +41,7 @@ print(megabytes, *levels)
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.parametrize("use", ["fit", "fit tied", "generate"])
 def test_a_model_that_is_gone_takes_its_memory_along(run_python, use):

@@ -118,6 +118,7 @@ def logits(lm):
     return ops.convert_to_numpy(lm({"token_ids": IDS, "padding_mask": np.ones_like(IDS)}))
 
 
+@pytest.mark.long
 @pytest.mark.plain  # Keras' calibration compiles hundreds of small operations on JAX
 @pytest.mark.parametrize("mode", CALIBRATED)
 def test_calibrated_it_is_saved_and_loaded_and_takes_an_adapter(mode, make, tmp_path):

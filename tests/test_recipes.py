@@ -58,6 +58,7 @@ def test_trains_reports_saves_and_exports(tsv, tmp_path, capsys):
     assert common.serve(output / "saved_model", ["goal match team"])["labels"] == ["sport"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("not_exported")
 def test_goes_on_from_a_saved_model_with_other_flags(tsv, tmp_path):
@@ -77,6 +78,7 @@ def test_goes_on_from_a_saved_model_with_other_flags(tsv, tmp_path):
     assert found["parameters"] == before["parameters"]
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("not_exported")
 def test_pretrains_averages_and_goes_on_after_an_interruption(tsv, tmp_path, capsys, monkeypatch):

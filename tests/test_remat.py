@@ -111,6 +111,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_what_a_long_text_needs_is_halved(run_python):
     kept, again = (float(run_python(PROGRAM, remat)) for remat in ("", "block"))

@@ -109,6 +109,7 @@ print(history.history["loss"][-1])
 """
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_killed_process_ends_with_the_same_loss(tokenizer, tmp_path, run_python, rng):
     build(tokenizer).save(tmp_path / "model.keras")  # for its tokenizer

@@ -67,6 +67,7 @@ def test_trains_scores_translates_and_exports(pairs, tmp_path, capsys, monkeypat
     assert capsys.readouterr().out.splitlines()[-1] == model.generate("a red big dog", num_beams=2, length_penalty=1.5)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("not_exported")
 def test_a_decoder_alone_is_fine_tuned(pairs, chat_lm, tmp_path, capsys):
@@ -89,6 +90,7 @@ def test_a_decoder_alone_is_fine_tuned(pairs, chat_lm, tmp_path, capsys):
         assert json.loads((output / "metrics.json").read_text())["architecture"] == architecture
 
 
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.usefixtures("not_exported")
 def test_a_decoder_from_scratch_cuts_what_is_too_long(pairs, tmp_path):

@@ -80,6 +80,7 @@ def test_test_rows_are_not_among_the_folds(arguments):
     assert not {row[0] for row in rows} & {row[0] for row in test}
 
 
+@pytest.mark.long
 @pytest.mark.plain
 @pytest.mark.parametrize("search", SEARCHES)
 def test_an_interrupted_search_goes_on(arguments, asked, tmp_path, capsys, monkeypatch, search):
