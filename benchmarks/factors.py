@@ -76,7 +76,7 @@ COMPILED = {
 def regularised(regularizer):
     """A penalty on the matrices of the blocks and the head."""
 
-    def change(model):
+    def change(model, *_):
         for weight in model.trainable_variables:
             if weight.name == "kernel":
                 weight.regularizer = regularizer
@@ -106,7 +106,7 @@ def augmented(make):
             texts = ["".join(text) or old for text, old in zip(changed, self.texts[rows], strict=True)]
             return [str(text) for text in texts], list(self.labels[rows])
 
-    def change(model):
+    def change(model, *_):
         plain = model.fit
 
         def fit(texts, labels, batch_size, sample_weight, **options):
@@ -117,7 +117,54 @@ def augmented(make):
     return change
 
 
+UNKNOWN = 0  # of a SentencePiece vocabulary
+
+
+class Masked(keras.utils.PyDataset):
+    """Batches of texts, a part of whose subwords is hidden, drawn anew each epoch, and what stood there as targets."""
+
+    def __init__(self, preprocessor, texts, size, share=0.15):
+        super().__init__()
+        self.preprocessor, self.rows = preprocessor, preprocessor.encode(texts)
+        self.size, self.share, self.random = size, share, np.random.default_rng(0)
+        self.whole = len(preprocessor.tokenizer.spelling)  # ids from here on stand for characters before the last
+        self.on_epoch_end()
+
+    def __len__(self):
+        return -(-len(self.rows) // self.size)
+
+    def on_epoch_end(self):
+        self.order = self.random.permutation(len(self.rows))
+
+    def __getitem__(self, index):
+        rows = [self.rows[i] for i in self.order[index * self.size : (index + 1) * self.size]]
+        inputs = self.preprocessor.pad({"token_ids": rows})
+        ids = inputs["token_ids"]
+        ends = np.pad(ids[:, :-1] < self.whole, [[0, 0], [1, 0]]).cumsum(axis=1)  # which subword each token is of
+        hidden = np.take_along_axis(self.random.random(ids.shape) < self.share, ends, axis=1)
+        hidden &= inputs["padding_mask"] > 0
+        inputs["token_ids"] = np.where(hidden, UNKNOWN, ids)
+        return inputs, ids, hidden.astype("float32")
+
+
+def masked_first(epochs):
+    """Blocks that first learn to tell hidden subwords from those around them (Devlin et al., 2018)."""
+
+    def change(model, recipe, texts):
+        backbone = model.backbone
+        normal = keras.layers.RMSNormalization()(backbone.output)
+        head = keras.layers.Dense(backbone.config.vocabulary_size, name="head")
+        learner = keras.Model(backbone.input, head(normal))
+        learner.head = head.name
+        options = common.compile_options(learner, recipe, len(texts), epochs)
+        learner.compile(loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True), **options)
+        learner.fit(Masked(model.preprocessor, texts, recipe.batch_size), epochs=epochs, verbose=2)
+
+    return change
+
+
 BUILT = {
+    "a masked language model first, 2 epochs": masked_first(2),
     "L1 1e-6": regularised(keras.regularizers.L1(1e-6)),
     "L2 1e-4": regularised(keras.regularizers.L2(1e-4)),
     "a tenth of the characters dropped": augmented(lambda: keras_hub.layers.RandomDeletion(0.1, seed=0)),
@@ -130,8 +177,9 @@ def validated(recipe, compiled, built) -> float:
     train, validation, _, labels = classification.load(recipe)
     options = common.compile_options
     keras.utils.set_random_seed(recipe.seed)
-    model = classifiers.build(recipe, [row[0] for row in train], labels)
-    built(model)
+    texts = [row[0] for row in train]
+    model = classifiers.build(recipe, texts, labels)
+    built(model, recipe, texts)
     with mock.patch.object(common, "compile_options", lambda *given: compiled(options(*given))):
         classifiers.fit(recipe, [model], [], train, validation)
     found = [row["label"] for row in model.classify([row[0] for row in validation])]
@@ -147,7 +195,7 @@ def main() -> None:
     for name in args.only:
         recipe = classification.parser().parse_args([*rest, *FLAGS.get(name, [])])
         started = time.perf_counter()
-        accuracy = validated(recipe, COMPILED.get(name, lambda options: options), BUILT.get(name, lambda model: None))
+        accuracy = validated(recipe, COMPILED.get(name, lambda options: options), BUILT.get(name, lambda *_: None))
         print(f"| {name} | {accuracy:.4f} | {time.perf_counter() - started:.0f} |", flush=True)
         keras.backend.clear_session()
 
