@@ -1,5 +1,6 @@
 """Shared by all tests. The backend is the one that KERAS_BACKEND names; `make test` runs the three in turn."""
 
+import gc
 import json
 import os
 import pathlib
@@ -21,6 +22,13 @@ from keras_llama import backend
 from keras_llama.opening import open_tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _aside():
+    """What the files before have left is no garbage: Keras searches for some at each layer that it quantises."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
