@@ -155,10 +155,8 @@ def main(arguments=None):
         rows, *made = prepare(args)
     except ValueError as error:
         flags.error(str(error))
-    try:
+    with common.told(flags):
         run(args, *made, *rows)
-    except common.DataError as error:
-        flags.error(str(error))
 
 
 if __name__ == "__main__":

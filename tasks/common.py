@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -171,6 +172,15 @@ def from_preset(args: argparse.Namespace, cls: Any, **options: Any) -> Any:
     if not isinstance(model, cls):
         raise DataError(f"--preset {args.preset}: expected a {cls.__name__}. Received: a {type(model).__name__}.")
     return model
+
+
+@contextlib.contextmanager
+def told(flags: argparse.ArgumentParser) -> Iterator[None]:
+    """What only the run shows to be wrong with data, or a disk that is full, ends with a line and code 2, too."""
+    try:
+        yield
+    except (DataError, OSError) as error:
+        flags.error(str(error))
 
 
 def profiled(args: argparse.Namespace, number: int = 0) -> contextlib.AbstractContextManager[list]:

@@ -188,7 +188,8 @@ def main(arguments=None):
         waiting = answers(lm, args, prompts)
     except ValueError as error:
         flags.error(str(error))
-    return run(args, lm, parts, prompts, waiting)
+    with common.told(flags):
+        return run(args, lm, parts, prompts, waiting)
 
 
 if __name__ == "__main__":

@@ -138,7 +138,8 @@ def main(arguments=None):
     except ValueError as error:
         flags.error(str(error))
     if trains:
-        run(args, model, *parts)
+        with common.told(flags):
+            run(args, model, *parts)
     if args.interactive:
         interactive(model, args)
 

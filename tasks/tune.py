@@ -104,7 +104,8 @@ def main(arguments=None):
         search = prepare(args)
     except ValueError as error:
         flags.error(str(error))
-    run(args, search)
+    with common.told(flags):
+        run(args, search)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The classification recipe end to end on small data, and what it refuses with exit code 2."""
 
 import json
+import resource
 import subprocess
 import sys
 import time
@@ -232,15 +233,44 @@ def test_reviews_are_distinct_consistent_and_split_by_text():
     assert common.split(found, 0.2) == (train, test)
 
 
-def test_a_resume_directory_of_other_data_is_refused(tsv, tmp_path, capsys):
-    arguments = ["--data", str(tsv), *FAST, "--epochs", "1", "--limit", "32", "--output-dir", str(tmp_path / "out")]
-    state = tmp_path / "state" / "classifier_0" / "training.safetensors"
+@pytest.fixture
+def resumed(tsv, tmp_path):
+    """Arguments that keep the state of a short training, and the file of its classifier's."""
+    arguments = ["--data", tsv, *FAST, "--epochs", "1", "--limit", "32", "--output-dir", tmp_path / "out"]
+    return [*arguments, "--resume", tmp_path / "state"], tmp_path / "state" / "classifier_0" / "training.safetensors"
+
+
+def test_a_resume_directory_of_something_else_is_refused(resumed, tmp_path, capsys):
+    arguments, state = resumed
     state.parent.mkdir(parents=True)
     state.write_bytes(b"no state")
-    message = refused(capsys, *arguments, "--resume", tmp_path / "state")
-    assert "must be a state that an earlier training wrote" in message
+    assert "must be a state that an earlier training wrote" in refused(capsys, *arguments)
     assert state.read_bytes() == b"no state"
     assert not (tmp_path / "out" / "model.keras").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("not_exported")
+def test_a_resume_directory_of_other_data_is_refused(resumed, tmp_path, capsys):
+    arguments, state = resumed
+    classification.main([*map(str, arguments)])
+    before, model = state.read_bytes(), (tmp_path / "out" / "model.keras").read_bytes()
+    (tmp_path / "other.tsv").write_text("".join(f"{text}!\t{label}\n" for text, label in rows(200, seed=3)))
+    message = refused(capsys, *arguments, "--data", tmp_path / "other.tsv")
+    assert "must be of" in message
+    assert (state.read_bytes(), (tmp_path / "out" / "model.keras").read_bytes()) == (before, model)
+
+
+def test_a_full_disk_is_told(resumed, tmp_path, capsys):
+    """Files may grow to 10 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        message = refused(capsys, *resumed[0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "training.safetensors: cannot be written" in message
+    assert not list((tmp_path / "state" / "classifier_0").iterdir())
 
 
 BAD_TEXTS = {
