@@ -1,8 +1,9 @@
 """A task whose base is frozen, with LoRA adapters beside it: by name, switched, merged, saved."""
 
+import math
+import numbers
 import pathlib
 import re
-from typing import Any
 
 import keras
 import numpy as np
@@ -23,14 +24,18 @@ class Adaptable(Quantizable):
     in a `.keras` file, and apart from the base by `save_checkpoint(format="peft")`.
     """
 
-    adapters: dict[str, dict[str, Any]]
-    active_adapter: str | None
     base_frozen: bool
+
+    @property
+    def active_adapter(self) -> str | None:
+        """The name of the adapter in use."""
+        return self.backbone.active_adapter
 
     def enable_lora(self, rank=8, *, alpha=None, dropout=0.0, targets="attention", name="default"):
         """Freezes the weights and puts adapters beside kernels (Hu et al., 2021, https://arxiv.org/abs/2106.09685).
 
-        The head of a classifier stays trainable. For more than one adapter call it once for each.
+        The head of a classifier stays trainable. For more than one adapter call it once for each. Tasks that share a
+        backbone share its adapters, but each has its own head, one for all of them.
 
         Args:
             rank: columns of A and rows of B, at least 1, at most the smaller side of each kernel.
@@ -41,8 +46,8 @@ class Adaptable(Quantizable):
             name: of the adapter.
 
         Raises:
-            ValueError: for a rank out of range, targets that match nothing, a name in use, or dropout in a model with
-                `remat`.
+            ValueError: for a rank out of range, targets that match nothing or are no regular expression, a name in
+                use or with a "." or "/", or dropout in a model with `remat`.
 
         >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
         >>> lm = keras_llama.LlamaCausalLM(backbone)
@@ -72,7 +77,7 @@ class Adaptable(Quantizable):
         """
         if name is not None and name not in self.adapters:
             raise invalid("`name` must be of an adapter of this model, or None.", name=name, adapters=[*self.adapters])
-        self.active_adapter = name
+        self.backbone.active_adapter = name
         for _, layer in self._projections():
             layer.active = name or ""
         adapters = [layer.adapter for _, layer in self._projections() if layer.adapter is not None]
@@ -140,7 +145,8 @@ class Adaptable(Quantizable):
             if layer.adapter is not None:
                 layer.kernel.assign(layer.merged_kernel())
             layer.remove_adapters()
-        self.adapters, self.active_adapter = {}, None
+        self.adapters.clear()
+        self.backbone.active_adapter = None
         self._train_only(self.weights)
 
     def load_adapter(self, directory, name=None):
@@ -150,13 +156,13 @@ class Adaptable(Quantizable):
 
         Args:
             directory: with adapter_config.json and adapter_model.safetensors.
-            name: of the adapter here; the directory's own unless given.
+            name: of the adapter here; the directory's own, with "_" for ".", unless given.
 
         Raises:
             ValueError: for an adapter of another base, by the first module that differs; for options beyond plain
-                LoRA; for a name in use. The model is then as it was.
+                LoRA; for a name in use; for dropout in a model with `remat`. The model is then as it was.
         """
-        name = pathlib.Path(directory).name if name is None else name
+        name = pathlib.Path(directory).name.replace(".", "_") if name is None else name
         found = peft.read(directory)
         layers = {_module(layer): (path, layer) for path, layer in self._projections()}
         for module, pair in found.modules.items():
@@ -174,6 +180,7 @@ class Adaptable(Quantizable):
                 own = {module: weight.shape[::-1] for module, weight in heads.items()}
                 raise invalid(f"{directory}: expected weights of the head {own}.", module=module, shape=array.shape)
         self._check_name(name)
+        self._check_dropout(found.dropout)
         paths = [layers[module][0] for module in found.modules]
         self.add_adapter(name, paths, rank=found.rank, alpha=found.alpha, dropout=found.dropout)
         for module, pair in found.modules.items():
@@ -226,8 +233,13 @@ class Adaptable(Quantizable):
         self.forget_functions()
 
     def _targeted(self, targets):
-        pattern = _TARGETS.get(targets, targets)
-        found = [(path, layer) for path, layer in self._projections() if re.search(pattern, path)]
+        try:
+            pattern = re.compile(_TARGETS.get(targets, targets))
+        except (re.error, TypeError) as error:
+            raise invalid(
+                f"`targets` must be one of {[*_TARGETS]} or a regular expression.", targets=targets
+            ) from error
+        found = [(path, layer) for path, layer in self._projections() if pattern.search(path)]
         if not found:
             known = sorted({re.sub(r"block_\d+", "block_0", path) for path, _ in self._projections()})
             raise invalid(f"`targets` must match some of {known}.", targets=targets)
@@ -235,17 +247,24 @@ class Adaptable(Quantizable):
 
     def _check_settings(self, name, rank, alpha, dropout, targets):
         sides = [min(layer.sizes) for _, layer in self._targeted(targets)]
-        if not isinstance(rank, int) or not 1 <= rank <= min(sides):
+        if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(sides):
             raise invalid(f"`rank` must be an integer from 1 to {min(sides)}, the least side of a kernel.", rank=rank)
-        if not 0 <= dropout < 1 or not alpha > 0:
+        known = all(isinstance(value, numbers.Real) for value in (dropout, alpha))
+        if not known or not 0 <= dropout < 1 or not 0 < alpha < math.inf:
             raise invalid("`dropout` must lie in [0, 1), and `alpha` be above 0.", dropout=dropout, alpha=alpha)
         self._check_name(name)
+        self._check_dropout(dropout)
+
+    def _check_dropout(self, dropout):
         if dropout and self.backbone.remat:
             raise invalid("`dropout` must be 0 in a model with `remat`, which draws nothing twice.", dropout=dropout)
 
     def _check_name(self, name):
-        if name in self.adapters or not name or not isinstance(name, str):
-            raise invalid("`name` must be a string that no adapter has yet.", name=name, adapters=[*self.adapters])
+        if not isinstance(name, str) or not re.fullmatch(r"[^./]+", name) or name in self.adapters:
+            hint = 'Without "." and "/", which part the paths of weights.'
+            raise invalid(
+                "`name` must be a string that no adapter has yet.", hint, name=name, adapters=[*self.adapters]
+            )
 
 
 def _module(layer) -> str:

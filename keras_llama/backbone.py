@@ -124,6 +124,7 @@ class Backbone(keras.Model):
         self.config = config
         self._stack = stack
         self.remat = remat
+        self.adapters, self.active_adapter, self.quantized = {}, None, None  # what `Adaptable` tasks have made of it
 
     @property
     def token_embedding(self):

@@ -15,6 +15,7 @@ from keras_llama.config import invalid
 
 _MODES = ("int8", "int4")
 _CALIBRATED = {"gptq": keras.quantizers.GPTQConfig, "awq": keras.quantizers.AWQConfig}
+_INT4 = keras.quantizers.Int4QuantizationConfig
 
 
 class Quantizable(keras.Model):
@@ -23,9 +24,17 @@ class Quantizable(keras.Model):
     backbone: Any
     preprocessor: Any
     head: str
-    adapters: dict[str, dict[str, Any]]
-    quantized: str | None
     compile_options: Mapping[str, Any]
+
+    @property
+    def adapters(self) -> dict[str, dict[str, Any]]:
+        """The settings of each adapter, by name."""
+        return self.backbone.adapters
+
+    @property
+    def quantized(self) -> str | None:
+        """What the kernels are rounded to, such as "int8" or "gptq/4/128"."""
+        return self.backbone.quantized
 
     def quantize(self, mode=None, config=None, **kwargs):
         """Keras' `quantize` of every kernel and embedding but a classifier's head: a base for decoding, or under LoRA.
@@ -36,12 +45,13 @@ class Quantizable(keras.Model):
 
         Args:
             mode: "int8" (kernels a fourth of float32's size) or "int4" (an eighth).
-            config: a `keras.quantizers` configuration in place of the mode; the `dataset` of a `GPTQConfig` or
-                `AWQConfig` holds strings, or rows of token ids, and its `tokenizer` may be `None`: it is the task's.
+            config: a `keras.quantizers` configuration in place of the mode, with Keras' quantizers; the `dataset` of a
+                `GPTQConfig` or `AWQConfig` holds strings, or rows of token ids, and its `tokenizer` may be `None`: it
+                is the task's.
 
         Raises:
-            ValueError: for another mode, if the model is quantised already, or has adapters, or if GPTQ or AWQ are
-                asked of an encoder-decoder or without a dataset.
+            ValueError: for another mode or quantizers of the user's, if the model is quantised already, or has
+                adapters, or if GPTQ or AWQ are asked of an encoder-decoder or without a dataset.
 
         >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
         >>> lm = keras_llama.LlamaCausalLM(backbone)
@@ -60,23 +70,25 @@ class Quantizable(keras.Model):
                 adapters=[*self.adapters],
             )
         quantized = mode
-        if mode in _CALIBRATED:
+        if mode in _MODES and config is not None:
+            quantized = _described(config)
+        elif mode in _CALIBRATED:
             config = self._calibration(config)
             quantized = f"{mode}/{config.weight_bits}/{config.group_size}"
         with warnings.catch_warnings():  # Keras asks each layer, and most have nothing to quantise
             warnings.filterwarnings("ignore", ".*does not have a `quantize` method")
             super().quantize(mode, config=config, filters=functools.partial(self._rounds, mode), **kwargs)
-        self.quantized = quantized
+        self.backbone.quantized = quantized
         self.forget_functions()
 
     def quantize_as(self, quantized):
         """Makes the layers those of a model with this value of `quantized`, whose weights are still to come."""
         mode, *numbers = quantized.split("/")
-        if not numbers:
-            return self.quantize(mode)
+        if mode in _MODES:
+            return self.quantize(mode, config=_INT4(block_size=int(numbers[0])) if numbers else None)
         bits, group = map(int, numbers)
         config = _CALIBRATED[mode](None, None, weight_bits=bits, group_size=group)
-        self.quantized = quantized
+        self.backbone.quantized = quantized
         for _, layer in self._projections():
             layer.quantize(mode, config=config)
             del layer._kernel  # as Keras does after the calibration
@@ -126,6 +138,15 @@ class Quantizable(keras.Model):
         for block in (*getattr(self.backbone, "encoder_blocks", ()), *self.backbone.blocks):
             for layer in (layer for group in block.projections for layer in group):
                 yield layer.path, layer  # such as block_0/attention/query
+
+
+def _described(config) -> str:
+    """The `quantized` of a configuration that is Keras' own but for the size of int4's blocks."""
+    default, given = type(config)().get_config(), config.get_config()
+    size, usual = given.pop("block_size", None), default.pop("block_size", None)
+    if given != default:
+        raise invalid("`config` must have Keras' own quantizers: no others are saved.", config=given)
+    return config.mode if size == usual else f"{config.mode}/{size or -1}"
 
 
 class _Alone(keras.layers.Layer):

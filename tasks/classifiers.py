@@ -11,12 +11,17 @@ from tasks import common
 def build(args, texts, labels, number=0):
     """A classifier over a vocabulary learned from the training texts, or that of --preset."""
     import keras_llama
+    from keras_llama.checkpoints.presets import open_checkpoint
 
     if args.preset:
-        options = {"labels": labels, "dropout": args.dropout, "pooling": "mean"}
+        options = {"dropout": args.head_dropout}
+        if args.preset.endswith(".keras") or open_checkpoint(args.preset).head != keras_llama.LlamaTextClassifier.head:
+            options |= {"labels": labels, "pooling": "mean"}  # of a head that is new
         model = common.from_preset(args, keras_llama.LlamaTextClassifier, **options)
-        if model.labels != labels:
-            raise common.DataError(f"--preset {args.preset}: expected a classifier with the labels {labels}.")
+        if sorted(model.labels or []) != labels:
+            raise common.DataError(
+                f"--preset {args.preset}: expected a classifier with the labels {labels}. Received: {model.labels}."
+            )
         return model
     tokenizer = keras_llama.SpelledTokenizer.train(texts, args.vocabulary_size)
     preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length)
@@ -73,7 +78,7 @@ def head(args, backbone, labels):
     """A classifier whose head is new, on the backbone of another."""
     import keras_llama
 
-    model = keras_llama.LlamaTextClassifier(backbone, labels=labels, dropout=args.dropout, pooling="mean")
+    model = keras_llama.LlamaTextClassifier(backbone, labels=labels, dropout=args.head_dropout, pooling="mean")
     model.freeze_base()
     return model
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16")
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
 TRAINABLE = ("all", "lora", "head")
 SPLIT_SEED = 0  # the split never changes with --seed, so that scores can be compared

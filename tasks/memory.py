@@ -26,7 +26,7 @@ def check(model: Any, args: argparse.Namespace, free: int | None = None) -> None
     free = backend.free_memory() if free is None else free
 
     def needed(rows):
-        estimate = keras_llama.estimate_memory(model, rows, args.sequence_length, optimizer)
+        estimate = keras_llama.estimate_memory(model, rows, model.preprocessor.sequence_length, optimizer)
         return estimate, estimate.peak - estimate.weights  # the weights are there already
 
     estimate, more = needed(args.batch_size)

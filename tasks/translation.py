@@ -13,7 +13,7 @@ import pathlib
 import sys
 import time
 
-from tasks import baselines, common, data, plots, translators
+from tasks import baselines, common, data, memory, plots, translators
 from tasks.translators import references, translate
 
 
@@ -118,6 +118,7 @@ def main(arguments=None):
     flags.add_argument("--show", type=common.positive, default=200, help="validation pairs to translate as it trains")
     flags.add_argument("--tokenize", default="zh", help="how sacrebleu cuts words of the target: zh, 13a, ...")
     flags.add_argument("--interactive", action="store_true", help="translate lines of the input; with --preset at once")
+    memory.add_flag(flags)
     args = flags.parse_args(arguments)
     try:
         trains = args.data or not (args.interactive and args.preset)
@@ -135,6 +136,8 @@ def main(arguments=None):
         model = translators.build(args, parts[0] if parts else [])
         if trains:
             common.choose_trainable(model, args)
+            if args.architecture != translators.ARCHITECTURES[0]:  # what that takes is not estimated
+                memory.check(model, args)
     except ValueError as error:
         flags.error(str(error))
     if trains:

@@ -2,6 +2,7 @@
 
 import argparse
 import pathlib
+import types
 
 import keras
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 import keras_llama
 from keras_llama import backend
-from tasks import classification, common, generation, memory
+from tasks import classification, common, generation, memory, translation
 
 PROGRAM = """
 import gc, os, sys
@@ -163,13 +164,16 @@ def test_what_cannot_be_estimated_is_refused(changes, expected, make_task):
         keras_llama.estimate_memory(**arguments)
 
 
-def recipe(**changes):
-    given = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "batch_size": 64, "sequence_length": 32}
-    return argparse.Namespace(**given, force=False, **changes)
+def recipe(task):
+    """Arguments to train with, at the length of the task's texts: 32."""
+    task.preprocessor = types.SimpleNamespace(sequence_length=32)
+    given = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.1, "batch_size": 64}
+    return argparse.Namespace(**given, force=False)
 
 
 def test_a_recipe_names_the_largest_batch_that_fits(make_task, capsys):
-    task, args = make_task("lm", vocabulary_size=4000), recipe()
+    task = make_task("lm", vocabulary_size=4000)
+    args = recipe(task)
     fits = keras_llama.estimate_memory(task, 24, 32, common.optimizer("adamw", 1e-3, 0.1, task.head))
     free = fits.peak - fits.weights
     with pytest.raises(common.DataError, match=r"--batch-size 64: .* --batch-size 24 fits; --force"):
@@ -185,7 +189,8 @@ def test_a_recipe_names_the_largest_batch_that_fits(make_task, capsys):
 
 def test_nothing_is_refused_where_the_machine_does_not_tell(make_task, monkeypatch):
     monkeypatch.setattr(backend, "free_memory", lambda: None)
-    memory.check(make_task("lm"), recipe())
+    task = make_task("lm")
+    memory.check(task, recipe(task))
 
 
 def test_free_memory_is_what_the_kernel_says():
@@ -195,7 +200,7 @@ def test_free_memory_is_what_the_kernel_says():
     assert 0 < backend.free_memory() <= int(table.read_text().split()[1]) * 1024
 
 
-@pytest.mark.parametrize("module", [classification, generation])
+@pytest.mark.parametrize("module", [classification, generation, translation])
 def test_the_recipes_refuse_with_exit_code_2_unless_forced(module, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backend, "free_memory", lambda: 1000)
     stop = RuntimeError("training began")
@@ -206,10 +211,11 @@ def test_the_recipes_refuse_with_exit_code_2_unless_forced(module, tmp_path, mon
     monkeypatch.setattr(keras_llama.LlamaTextClassifier, "fit", begin)
     monkeypatch.setattr(keras_llama.LlamaCausalLM, "fit", begin)
     texts = [f"{'good' if number % 2 else 'bad'} film {number}" for number in range(60)]
-    data = tmp_path / ("texts.tsv" if module is classification else "texts.txt")
-    lines = [f"{text}\t{text.split()[0]}" if module is classification else text for text in texts]
-    data.write_text(("\n" if module is classification else "\n<|endoftext|>\n").join(lines), encoding="utf-8")
-    flags = ["--data", str(data), "--output-dir", str(tmp_path / "out"), "--size", "tiny", "--vocabulary-size", "300"]
+    data = tmp_path / ("texts.txt" if module is generation else "texts.tsv")
+    lines = [text if module is generation else f"{text}\t{text.split()[0]}" for text in texts]
+    data.write_text(("\n<|endoftext|>\n" if module is generation else "\n").join(lines), encoding="utf-8")
+    flags = ["--architecture", "decoder"] if module is translation else []
+    flags += ["--data", str(data), "--output-dir", str(tmp_path / "out"), "--size", "tiny", "--vocabulary-size", "300"]
     with pytest.raises(SystemExit) as left:
         module.main(flags)
     assert left.value.code == 2

@@ -32,7 +32,7 @@ class Task(Inputs, Files):
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.dtype_policy = backbone.dtype_policy
-        self.adapters, self.active_adapter, self.base_frozen, self.quantized = {}, None, False, None
+        self.base_frozen = False
         self.compile_options = types.MappingProxyType({"jit_compile": "auto"})
         if preprocessor is not None and preprocessor.tokenizer.files:
             self._check_vocabulary()
