@@ -128,6 +128,21 @@ def test_a_classifier_in_and_out(tmp_path, capsys):
     assert back.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_classes": 5}, r"`labels` must be .*num_classes=5"),
+        ({"labels": ["a", "b", "c", "d"]}, r"score.weight +expected \(4, 32\), found \(3, 32\)"),
+        ({"sequence_length": 3000}, "at most the model's context of 64 tokens.*Received: sequence_length=3000"),
+    ],
+)
+def test_what_does_not_fit_a_classifiers_checkpoint_is_refused(tmp_path, options, message):
+    config = reference.hf_config(num_labels=3, id2label={0: "a", 1: "b", 2: "c"})
+    transformers.LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        keras_llama.LlamaTextClassifier.from_preset(tmp_path, **options)
+
+
 def test_a_classifier_starts_on_a_language_model(tmp_path, capsys):
     write(tmp_path)
     ours = keras_llama.LlamaTextClassifier.from_preset(tmp_path, labels=["no", "yes"])

@@ -49,6 +49,35 @@ def test_it_is_the_dense_loss_with_its_gradients(make_backbone, rng, monkeypatch
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(("rows", "tied"), [(7, True), (10_000, False)])
+def test_so_it_is_of_an_encoder_decoder(rng, monkeypatch, rows, tied):
+    """With weights of rows, padding on both sides and label smoothing."""
+    monkeypatch.setattr(losses, "rows_of_chunk", lambda vocabulary: rows)
+    source, target = batch(rng, length=6), batch(rng)
+    sides = {"encoder": source, "decoder": target}
+    inputs = {f"{side}_{name}": array for side, arrays in sides.items() for name, array in arrays.items()}
+    weights = np.arange(1.0, 6.0)
+    found = []
+    for dense in (False, True):
+        keras.utils.set_random_seed(0)
+        backbone = keras_llama.LlamaSeq2SeqBackbone(
+            vocabulary_size=60, **keras_llama.size("tiny"), tie_word_embeddings=tied
+        )
+        model = keras_llama.LlamaSeq2SeqLM(backbone, label_smoothing=0.1)
+        start = [ops.convert_to_numpy(v) for v in model.trainable_variables]
+        model.compile(keras.optimizers.SGD(1.0))
+        assert model.chunked
+        model.chunked = not dense
+        history = model.fit(inputs, sample_weight=weights, batch_size=64, shuffle=False, verbose=0).history
+        moved = [ops.convert_to_numpy(v) - old for v, old in zip(model.trainable_variables, start, strict=True)]
+        found.append((history, moved))
+    (one, moved), (other, expected) = found
+    assert one == {name: pytest.approx(values, rel=1e-5) for name, values in other.items()}
+    for change, wanted in zip(moved, expected, strict=True):
+        np.testing.assert_allclose(change, wanted, rtol=0, atol=1e-5)
+    assert max(np.abs(wanted).max() for wanted in expected) > 1e-2
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_of_a_frozen_head_no_gradient_is_computed(make_backbone, rng, monkeypatch, tied):
     computed, given = [], losses.backend.with_gradients

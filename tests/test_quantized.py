@@ -90,10 +90,24 @@ def test_a_classifier_keeps_its_head_to_be_trained(make_backbone, tmp_path):
         loaded.unfreeze_base()
 
 
+@pytest.mark.parametrize(("block_size", "name"), [(16, "int4/16"), (None, "int4/-1"), (128, "int4")])
+def test_blocks_of_another_size_are_kept(make_backbone, tmp_path, block_size, name):
+    lm = keras_llama.LlamaCausalLM(make_backbone(num_layers=1))
+    lm.quantize(config=keras.quantizers.Int4QuantizationConfig(block_size=block_size))
+    assert lm.quantized == name
+    lm.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.quantized == name
+    np.testing.assert_array_equal(loaded.predict(IDS, verbose=0), lm.predict(IDS, verbose=0))
+
+
 def test_orders_that_are_refused(make_backbone, tmp_path):
     lm = keras_llama.LlamaCausalLM(make_backbone())
     with pytest.raises(ValueError, match=r"`mode` must be one of \['int8', 'int4'\]"):
         lm.quantize("float8")
+    own = keras.quantizers.Int8QuantizationConfig(activation_quantizer=None)
+    with pytest.raises(ValueError, match=r"Keras' own quantizers.*Received: config="):
+        lm.quantize(config=own)
     lm.enable_lora(rank=2)
     with pytest.raises(ValueError, match="before it has adapters"):
         lm.quantize("int8")

@@ -49,16 +49,16 @@ class Files(Adaptable):
                 `sequence_length` is above its context.
         """
         checkpoint = presets.open_checkpoint(preset)
+        context = checkpoint.config.context_length
+        if isinstance(sequence_length, int) and context and sequence_length > context:
+            raise invalid(
+                f"`sequence_length` must be at most the model's context of {context} tokens.",
+                sequence_length=sequence_length,
+            )
         own = checkpoint.options.get("preprocessor", {})
         preprocessor = None
         if checkpoint.tokenizer_files:
             tokenizer = open_tokenizer(checkpoint.tokenizer_files)
-            context = checkpoint.config.context_length
-            if sequence_length is not None and context and sequence_length > context:
-                raise invalid(
-                    f"`sequence_length` must be at most the model's context of {context} tokens.",
-                    sequence_length=sequence_length,
-                )
             length = sequence_length or own.get("sequence_length") or min(context or 2048, 2048)
             flags = {"add_bos": tokenizer.default_add_bos, "add_eos": tokenizer.default_add_eos, **own}
             preprocessor = TextPreprocessor(tokenizer, **{**flags, "sequence_length": length})
