@@ -113,6 +113,21 @@ def test_pretrains_averages_and_goes_on_after_an_interruption(tsv, tmp_path, cap
     assert "precision" in capsys.readouterr().out
 
 
+def test_a_presets_own_labels_and_pooling_stay(tokenizer, make_backbone, tmp_path):
+    preprocessor = keras_llama.TextPreprocessor(tokenizer, 16)
+    backbone = make_backbone(vocabulary_size=tokenizer.vocabulary_size)
+    before = keras_llama.LlamaTextClassifier(backbone, labels=["tech", "sport"], preprocessor=preprocessor)
+    before.save_to_preset(tmp_path / "preset")
+    flags = ["--preset", str(tmp_path / "preset"), "--sequence-length", "16", "--head-dropout", "0.3"]
+    args = classification.parser().parse_args(flags)
+    model = classifiers.build(args, [], ["sport", "tech"])
+    assert (model.labels, model.pooling, model.dropout) == (["tech", "sport"], "last", 0.3)
+    texts = ["a good film", "goal"]
+    np.testing.assert_array_equal(model.predict(texts, verbose=0), before.predict(texts, verbose=0))
+    with pytest.raises(common.DataError, match=r"with the labels \['a', 'b'\]. Received: \['tech', 'sport'\]"):
+        classifiers.build(args, [], ["a", "b"])
+
+
 def test_pretrained_weights_are_each_classifiers_own():
     """Arrays that two models share are gone, on JAX, when one of them is used."""
     args = classification.parser().parse_args([*FAST, "--pretrain-epochs", "1", "--ngram-count", "2"])
