@@ -53,10 +53,9 @@ def prepare(args):
         if importlib.util.find_spec("cleanlab") is None:
             raise common.DataError("--label-noise-report needs cleanlab: pip install cleanlab.")
         parts = folds.Folds(args, rows[0] + rows[1], rows[3], more)
-    import keras_llama
 
     common.prepare_output(args, args.label_noise_report)
-    keras_llama.set_memory_growth()
+    common.prepare_backend(args)
     models = classifiers.built(args, texts, rows[3])
     memory.check(models[0], args)
     return rows, models, more, parts

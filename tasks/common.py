@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16")
+PRECISIONS = ("float32", "mixed_bfloat16", "mixed_float16", "bfloat16", "auto")
+JIT: dict[str, bool | str] = {"on": True, "off": False, "auto": "auto"}
 OPTIMIZERS = ("adamw", "muon")
 TRAINABLE = ("all", "lora", "head")
 SPLIT_SEED = 0  # the split never changes with --seed, so that scores can be compared
@@ -38,7 +39,7 @@ def parser(task: str, description: str, **defaults: Any) -> argparse.ArgumentPar
     flags.add_argument("--learning-rate", type=above_zero)
     flags.add_argument("--optimizer", choices=OPTIMIZERS, default=OPTIMIZERS[0])
     flags.add_argument("--precision", choices=PRECISIONS, default="float32")
-    flags.add_argument("--jit", choices=("on", "off", "auto"), default="auto")
+    flags.add_argument("--jit", choices=JIT, default="auto")
     flags.add_argument("--seed", type=int, default=0)
     flags.add_argument("--limit", type=positive, help="use this many rows only, for a quick trial")
     flags.add_argument("--output-dir", default=f"saved_models/{task}")
@@ -103,6 +104,18 @@ def prepare_output(args: argparse.Namespace, *more: str | None) -> None:
             raise DataError(f"{file}: expected a file to write to. Received: a directory.")
 
 
+def prepare_backend(args: argparse.Namespace) -> None:
+    """Settles what --precision and --jit leave open and prints it; before the first computation."""
+    import keras_llama
+    from keras_llama import backend
+
+    keras_llama.set_memory_growth()
+    if args.precision == "auto":
+        args.precision = backend.fastest_precision()
+    compiled = "compiled" if backend.resolve_jit(JIT[args.jit]) else "not compiled"
+    print(f"{backend.name()} on {', '.join(backend.devices())}: {args.precision}, training steps {compiled}")
+
+
 def split(rows: list, held: float) -> tuple[list, list]:
     """Two parts of `rows`, the second with `held` distinct texts, a share or a number; equal texts stay together."""
     texts = sorted({row[0] for row in rows})
@@ -155,7 +168,7 @@ def compile_options(model: Any, args: argparse.Namespace, rows: int, epochs: int
     )
     return {
         "optimizer": optimizer(args.optimizer, rate, args.weight_decay, model.head),
-        "jit_compile": {"on": True, "off": False, "auto": "auto"}[args.jit],
+        "jit_compile": JIT[args.jit],
     }
 
 

@@ -174,10 +174,8 @@ def main(arguments=None):
             raise common.DataError("Expected --prompt, --prompts or --data. Received: none of them.")
         import keras
 
-        import keras_llama
-
         common.prepare_output(args)
-        keras_llama.set_memory_growth()
+        common.prepare_backend(args)
         keras.utils.set_random_seed(args.seed)
         lm = build(args, parts[0] if parts else [])
         if args.preview:

@@ -131,7 +131,7 @@ def main(arguments=None):
 
         keras_llama.translation_scores(["a"], ["a"], args.tokenize)  # refuses it now, not after an epoch
         common.prepare_output(args)
-        keras_llama.set_memory_growth()
+        common.prepare_backend(args)
         keras.utils.set_random_seed(args.seed)
         model = translators.build(args, parts[0] if parts else [])
         if trains:

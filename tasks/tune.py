@@ -28,11 +28,10 @@ def prepare(args):
         raise common.DataError("tasks.tune needs keras-tuner: pip install keras-tuner.")
     more = classification.unlabelled(args)
     parts = folds.Folds(args, train + validation, labels, more)
-    import keras_llama
     from tasks import tuners
 
     common.prepare_output(args)
-    keras_llama.set_memory_growth()
+    common.prepare_backend(args)
     classifiers.built(args, [text for text, *_ in parts.rows], labels)  # refuses bad flags now
     project = f"search_{_digest(args, parts)}"
     try:

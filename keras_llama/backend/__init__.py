@@ -12,6 +12,7 @@ from keras_llama.backend.compiled import (
 )
 from keras_llama.backend.device import (
     devices,
+    fastest_precision,
     free_memory,
     fuses_attention,
     has_gpu,
@@ -41,6 +42,7 @@ __all__ = [
     "copies_pay",
     "copy",
     "devices",
+    "fastest_precision",
     "find_weights",
     "free_memory",
     "fuses_attention",

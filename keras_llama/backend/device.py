@@ -99,6 +99,33 @@ def with_float32_weights(policy: keras.DTypePolicy) -> str:
     return f"mixed_{computed}" if computed in ("bfloat16", "float16") else computed
 
 
+def fastest_precision() -> str:
+    """The policy in which training is fastest here, by the rules of docs/gpu.md."""
+    if has_gpu():
+        generation = _gpu_generation()
+        return "mixed_bfloat16" if generation >= 8 else "mixed_float16" if generation >= 7 else "float32"
+    table = pathlib.Path("/proc/cpuinfo")
+    flags = set(table.read_text(encoding="utf-8").split()) if table.exists() else set()
+    # XLA multiplies bfloat16 as float32 on a CPU; oneDNN, which the others have, as it is.
+    return "mixed_bfloat16" if name() != "jax" and flags & {"avx512_bf16", "amx_bf16"} else "float32"
+
+
+def _gpu_generation() -> int:
+    """The first number of NVIDIA's compute capability: 7 is Volta and Turing, 8 Ampere."""
+    if name() == "torch":
+        import torch
+
+        return torch.cuda.get_device_capability()[0]
+    if name() == "jax":
+        import jax
+
+        return int(str(getattr(jax.devices()[0], "compute_capability", 0)).split(".")[0])
+    import tensorflow as tf
+
+    gpu = tf.config.list_physical_devices("GPU")[0]
+    return tf.config.experimental.get_device_details(gpu).get("compute_capability", (0,))[0]
+
+
 def resolve_jit(jit_compile: bool | str) -> bool:
     """What `jit_compile="auto"` means: XLA on TensorFlow with a GPU, always on JAX, never on torch.
 
