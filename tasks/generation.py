@@ -36,8 +36,7 @@ def build(args, texts):
     import keras_llama
 
     if not texts:
-        options = {"dtype": args.dtype, "sequence_length": args.sequence_length}
-        return keras_llama.LlamaCausalLM.from_preset(args.preset or PRESET, **options)
+        return keras_llama.LlamaCausalLM.from_preset(args.preset or PRESET, dtype=args.dtype)
     if args.preset:
         return common.from_preset(args, keras_llama.LlamaCausalLM)
     if not isinstance(texts[0], str):
