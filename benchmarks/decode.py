@@ -6,7 +6,7 @@
 SmolLM2-135M's shape with random weights, no stop tokens. Each engine has a process of its own, which waits while
 another runs; they take turns, several rounds, and medians count. "-compile" is `compile(jit_compile=True)`, by which
 torch compiles a step. llama.cpp has its file from this project. The limit is the bytes of the weights, read once a
-token, over the memory bandwidth measured here by two threads.
+token, over the memory bandwidth measured here.
 """
 
 import argparse
@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.engines import BACKENDS, CONTEXT, SHAPE, Engine, keras_hub_lm, keras_llama_lm, serve, transformers_lm
+from benchmarks.machine import bandwidth
 
 PARAMETERS = 134_515_008
 COMPILED = "-compile"
@@ -69,9 +69,9 @@ def transformers_engine(dtype: str):
     options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 
     def generate(rows, new):
-        ids = torch.tensor(rows, dtype=torch.long)
+        ids = torch.tensor(rows, dtype=torch.long, device=model.device)
         with torch.no_grad():
-            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **options)
+            model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, **options).cpu()
 
     return generate
 
@@ -81,7 +81,7 @@ def llama_cpp_engine(dtype: str):
 
     settings = xllamacpp.CommonParams()
     settings.model.path = os.environ["DECODE_GGUF"]
-    settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = CONTEXT, 1, 2
+    settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = CONTEXT, 1, os.cpu_count()
     server = xllamacpp.Server(settings)
 
     def generate(rows, new):
@@ -112,21 +112,6 @@ def child(engine: str, dtype: str) -> Callable[[int, int, int], float]:
         return time.perf_counter() - started
 
     return seconds
-
-
-def bandwidth() -> float:
-    """Bytes a second that two threads read, the best of some tries."""
-    arrays = [np.ones(2**26, "float32") for _ in range(2)]
-    best = 0.0
-    for _ in range(5):
-        threads = [threading.Thread(target=array.sum) for array in arrays]
-        started = time.perf_counter()
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        best = max(best, sum(array.nbytes for array in arrays) / (time.perf_counter() - started))
-    return best
 
 
 def write_gguf(path: str, dtype: str) -> None:

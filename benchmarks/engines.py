@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from benchmarks.machine import torch_device
+
 SHAPE = {
     "vocabulary_size": 49_152,
     "num_layers": 30,
@@ -53,7 +55,7 @@ def transformers_lm(dtype: str):
         tie_word_embeddings=True,
         max_position_embeddings=CONTEXT,
     )
-    return transformers.LlamaForCausalLM(config).to(getattr(torch, dtype))
+    return transformers.LlamaForCausalLM(config).to(torch_device(), getattr(torch, dtype))
 
 
 class Engine:

@@ -58,7 +58,7 @@ def child(engine: str, shape: dict) -> Callable[[int, int], float]:
     return step
 
 
-def compare(axis: str, value: int, backends: list[str], rounds: int) -> dict[str, float]:
+def compare(axis: str, value: int, backends: list[str], rounds: int) -> dict[str, str]:
     fields = {"vocabulary": "vocabulary_size", "depth": "num_layers"}
     shape = {**SHAPE, **({fields[axis]: value} if axis in fields else {})}
     question = (value if axis == "batch" else 1, value if axis == "context" else 32)
@@ -69,7 +69,11 @@ def compare(axis: str, value: int, backends: list[str], rounds: int) -> dict[str
             stack.callback(engine.close)
             engine.ask(*question)
         taken = [{name: engine.ask(*question) for name, engine in running.items()} for _ in range(rounds)]
-    return {name: statistics.median(times[name] for times in taken) for name in names}
+    found = {name: f"{statistics.median(times[name] for times in taken):7.1f}" for name in names}
+    for backend in backends:
+        ratio = statistics.median(t[f"keras_hub/{backend}"] / t[f"keras_llama/{backend}"] for t in taken)
+        found[f"{backend}: KerasHub's step over this one's"] = f"{ratio:.2f}"
+    return found
 
 
 def main() -> None:
@@ -86,7 +90,7 @@ def main() -> None:
         print(f"\n{axis}: ms a step")
         for value in AXES[axis]:
             found = compare(axis, value, args.backends, args.rounds)
-            print(f"  {value:8}", *(f"{name} {ms:7.1f}" for name, ms in found.items()), sep="   ", flush=True)
+            print(f"  {value:8}", *(f"{name} {number}" for name, number in found.items()), sep="   ", flush=True)
     return None
 
 

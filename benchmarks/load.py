@@ -1,27 +1,23 @@
 """Loading a checkpoint: seconds and peak anonymous memory, this project beside Transformers and KerasHub.
 
-    python benchmarks/load.py --preset DIRECTORY_OR_GGUF [--dtype float32] [--rounds 3]
+    python -m benchmarks.load --preset DIRECTORY_OR_GGUF [--dtype float32] [--rounds 3]
 
-Each load runs in a fresh process; memory is RssAnon, read from /proc every 2 ms by a thread, above the level just
-before the call. Mapped pages of a file are not counted: they are the kernel's.
+Each load runs in a fresh process, in turns; memory is RssAnon, read every 2 ms by a thread, above the level just before
+the call. Mapped pages of a file are not counted: they are the kernel's. The ratios are medians over the rounds.
 """
 
 import argparse
 import json
 import os
 import pathlib
+import statistics
 import subprocess
 import sys
-import threading
 import time
 
+from benchmarks.machine import process_peak
+
 LOADERS = ("keras_llama", "transformers", "keras_hub")
-
-
-def anonymous() -> int:
-    """This process' anonymous memory in bytes."""
-    line = next(line for line in pathlib.Path("/proc/self/status").read_text().splitlines() if "RssAnon" in line)
-    return int(line.split()[1]) * 1024
 
 
 def loader(name: str, preset: str, dtype: str):
@@ -50,27 +46,17 @@ def child(name: str, preset: str, dtype: str) -> None:
         import keras
 
         keras.ops.convert_to_numpy(keras.ops.ones((8, 8)) @ keras.ops.ones((8, 8)))  # the backend is up
-    before, peak, done = anonymous(), 0, threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous())
-
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    started = time.perf_counter()
-    model = load()
-    seconds = time.perf_counter() - started
-    done.set()
-    watcher.join()
+    with process_peak() as above:
+        started = time.perf_counter()
+        model = load()
+        seconds = time.perf_counter() - started
     if name == "transformers":
         sizes = [weight.numel() * weight.element_size() for weight in model.parameters()]
     else:
         from keras_llama.checkpoints.loader import nbytes
 
         sizes = [nbytes(weight) for weight in model.weights]
-    found = {"seconds": seconds, "peak": peak - before, "weights": sum(sizes), "largest": max(sizes)}
+    found = {"seconds": seconds, "peak": above(), "weights": sum(sizes), "largest": max(sizes)}
     print(json.dumps(found))
 
 
@@ -93,7 +79,8 @@ def main() -> None:
     for _ in range(args.rounds):
         for name, backend in runs:
             environment = {**os.environ, "KERAS_BACKEND": backend, "TF_CPP_MIN_LOG_LEVEL": "3"}
-            command = [sys.executable, __file__, "--preset", args.preset, "--dtype", args.dtype, "--child", name]
+            command = [sys.executable, "-m", "benchmarks.load", "--preset", args.preset]
+            command += ["--dtype", args.dtype, "--child", name]
             done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise SystemExit(done.stderr[-3000:])
@@ -109,6 +96,13 @@ def main() -> None:
         over = peak - weights - largest
         numbers = f"{weights / mib:.0f} | {largest / mib:.0f} | {peak / mib:.0f} | {over / mib:+.0f}"
         print(f"| {name} | {backend} | {seconds:.1f} | {numbers} |")
+    for ours in (run for run in runs if run[0] == "keras_llama"):
+        for other in (run for run in runs if run[0] != "keras_llama" and run[1] == ours[1]):
+            pairs = list(zip(found[ours], found[other], strict=True))
+            time_ratio, memory_ratio = (
+                statistics.median(mine[key] / theirs[key] for mine, theirs in pairs) for key in ("seconds", "peak")
+            )
+            print(f"{'/'.join(ours)} to {'/'.join(other)}: {time_ratio:.2f} x the time, {memory_ratio:.2f} x the peak")
     return None
 
 

@@ -12,14 +12,13 @@ import argparse
 import contextlib
 import glob
 import tempfile
-import threading
 import time
 from collections.abc import Callable
 
 import numpy as np
 
 from benchmarks.engines import BACKENDS, SHAPE, Engine, keras_llama_lm, serve
-from benchmarks.load import anonymous
+from benchmarks.machine import process_peak
 
 LOSSES = ("chunked", "dense")
 
@@ -40,24 +39,6 @@ def child(loss: str, vocabulary: int) -> Callable[[int], float]:
         return (above() - gradients) / 2**30
 
     return step
-
-
-@contextlib.contextmanager
-def process_peak():
-    """How far memory of the process rose inside above its level at first, in bytes, to be asked for afterwards."""
-    before = peak = anonymous()
-    done = threading.Event()
-
-    def watch():
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, anonymous())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    yield lambda: peak - before
-    done.set()
-    watcher.join()
 
 
 @contextlib.contextmanager

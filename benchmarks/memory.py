@@ -23,7 +23,7 @@ import keras
 import numpy as np
 
 import keras_llama
-from benchmarks.loss_memory import process_peak
+from benchmarks.machine import process_peak
 
 STEPS = 2
 COLUMNS = ("weights", "gradients", "optimizer", "activations", "peak", "measured")

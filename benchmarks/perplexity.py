@@ -3,9 +3,10 @@
     KERAS_BACKEND=torch python -m benchmarks.perplexity --text book.txt [--preset smollm2_135m_instruct] [--steps 40]
                                                          [--llama-cpp q4_1.gguf] [--models float32 int8 ...]
 
-The first 50,000 bytes of the text, in windows of 512 tokens whose first has none before it. An adapter (rank 8, beside
-all linear kernels) is trained for `--steps` of 4 x 256 tokens on what follows in the text. llama.cpp reads
-`--llama-cpp`, and q8_0 of the same weights written here; it is asked for the log-probability of each next token.
+The first 50,000 bytes of the text, in windows of 512 tokens whose first has none before it; logits of the first window
+are compared with those of the first of `--models`. An adapter (rank 8, beside all linear kernels) is trained for
+`--steps` of 4 x 256 tokens on what follows in the text. llama.cpp reads `--llama-cpp`, and q8_0 of the same weights
+written here; it is asked for the log-probability of each next token.
 """
 
 import argparse
@@ -30,8 +31,8 @@ def perplexity(log_probs) -> float:
     return math.exp(-np.mean(log_probs))
 
 
-def here(args, dtype: str, text: str, rest: str) -> None:
-    """Perplexity of the model in this dtype, before and after an adapter is trained."""
+def here(args, dtype: str, text: str, rest: str, exact: np.ndarray | None) -> np.ndarray:
+    """Perplexity of the model in this dtype, before and after an adapter is trained; logits of the first window."""
     import keras
 
     import keras_llama
@@ -47,13 +48,20 @@ def here(args, dtype: str, text: str, rest: str) -> None:
         return perplexity(np.concatenate([row["log_probs"] for row in lm.score(rows, batch_size=1)]))
 
     print(f"{dtype}: {measured():.3f} over {sum(map(len, rows)) - len(rows)} tokens", flush=True)
+    logits = lm.predict(np.array(rows[:1], "int32"), verbose=0)[0]
+    if exact is not None:
+        error = np.abs(logits - exact)
+        print(
+            f"  logits beside {args.models[0]}'s: mean error {error.mean():.3f}, largest {error.max():.2f}", flush=True
+        )
     if not args.steps:
-        return
+        return logits
     lm.enable_lora(RANK, targets="all-linear")
     lm.compile(keras.optimizers.Adam(2e-4))
     learned = windows(lm.preprocessor.tokenizer, rest, LENGTH)[: args.steps * BATCH]
     lm.fit(np.array(learned, "int32"), batch_size=BATCH, verbose=0)
     print(f"{dtype} under LoRA, {args.steps} steps: {measured():.3f}", flush=True)
+    return logits
 
 
 class LlamaCpp:
@@ -101,8 +109,10 @@ def main() -> None:
     args = flags.parse_args()
     with open(args.text, "rb") as file:
         text, rest = (file.read(size).decode(errors="ignore") for size in (BYTES, 20 * BYTES))
+    exact = None
     for dtype in args.models:
-        here(args, dtype, text, rest)
+        logits = here(args, dtype, text, rest, exact)
+        exact = logits if exact is None else exact
     if args.llama_cpp:
         beside(args, text)
 

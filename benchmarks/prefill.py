@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.decode import PARAMETERS, prompts
 from benchmarks.engines import BACKENDS, Engine, keras_hub_lm, keras_llama_lm, serve, transformers_lm
-from benchmarks.train import arithmetic
+from benchmarks.machine import arithmetic
 
 ENGINES = (
     *(f"{name}/{backend}" for name in ("keras_llama", "keras_hub") for backend in BACKENDS),
@@ -54,10 +54,10 @@ def transformers_engine(dtype: str):
     model = transformers_lm(dtype).eval()
 
     def first(rows, new):
-        ids = torch.tensor(rows, dtype=torch.long)
+        ids = torch.tensor(rows, dtype=torch.long, device=model.device)
         options = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 1}
         with torch.no_grad():
-            model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            model.generate(ids, attention_mask=torch.ones_like(ids), **options).cpu()
 
     return first
 

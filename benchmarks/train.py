@@ -6,15 +6,14 @@
 SmolLM2-135M's shape with random weights, AdamW, token cross-entropy on random ids. The engines take turns, several
 rounds, each in a new process (together they would not fit into memory): a step to compile and two to warm up, then
 two that count; medians over the rounds. "-graph" is Keras' `jit_compile=False`, "-xla" is True, "-remat" is
-`remat="block"`; without them it is the engine's own choice. Memory is the peak of resident pages of the whole
-process. The limit is 6 x parameters x tokens (forward and backward, attention left out) over the rate of a large
-matrix product by torch, measured here. With `--lora` adapters of that rank beside query and value are trained, by PEFT
-where Transformers stands, and the limit is 4 x, as no gradient of a kernel is asked for.
+`remat="block"`; without them it is the engine's own choice. Memory is the peak of resident pages of the whole process,
+or of what it held of the GPU. The limit is 6 x parameters x tokens (forward and backward, attention left out) over the
+rate of a large matrix product by torch, measured here. With `--lora` adapters of that rank beside query and value are
+trained, by PEFT where Transformers stands, and the limit is 4 x, as no gradient of a kernel is asked for.
 """
 
 import argparse
 import functools
-import pathlib
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from collections.abc import Callable
 import numpy as np
 
 from benchmarks.engines import BACKENDS, SHAPE, Engine, keras_hub_lm, keras_llama_lm, serve, transformers_lm
+from benchmarks.machine import arithmetic, peak_memory
 
 PARAMETERS = 134_515_008
 STEPS = 2
@@ -88,12 +88,13 @@ def transformers_engine(dtype: str, batch: int, rank: int):
     adam = torch.optim.AdamW([weight for weight in model.parameters() if weight.requires_grad], 1e-4)
 
     def fit(ids):
-        for rows in torch.tensor(ids, dtype=torch.long).split(batch):
+        for rows in torch.tensor(ids, dtype=torch.long, device=model.device).split(batch):
             adam.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
                 loss = model(input_ids=rows, labels=rows).loss
             loss.backward()
             adam.step()
+        loss.item()  # a GPU has done it all by then
 
     return fit
 
@@ -102,30 +103,16 @@ def child(name: str, dtype: str, batch: int, length: int, rank: int) -> Callable
     """The seconds of so many steps, and the peak of memory so far, in GiB."""
     engine = transformers_engine if name.startswith("trans") else functools.partial(keras_engine, name)
     fit = engine(dtype, batch, rank)
+    backend = name.split("/")[1].split("-")[0]
 
     def run(steps):
         ids = np.random.default_rng(0).integers(3, SHAPE["vocabulary_size"], (steps * batch, length)).astype("int32")
         started = time.perf_counter()
         fit(ids)
         seconds = time.perf_counter() - started
-        lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-        return seconds, next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 2**20
+        return seconds, peak_memory(backend) / 2**30
 
     return run
-
-
-def arithmetic(dtype: str) -> float:
-    """Operations a second of a large product, the best of some tries."""
-    import torch
-
-    size = 2048
-    one = torch.ones((size, size), dtype=getattr(torch, dtype.removeprefix("mixed_")))
-    best = 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        one @ one
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best
 
 
 def compare(engines: list[str], dtype: str, batch: int, length: int, rounds: int, rank: int) -> None:
