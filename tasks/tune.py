@@ -12,7 +12,7 @@ import json
 import pathlib
 import shlex
 
-from tasks import classification, classifiers, common, folds
+from tasks import classification, classifiers, common, folds, memory
 
 SEARCHES = ("random", "bayesian")
 OTHERS = ("resume", "tensorboard", "profile", "label_noise_report")  # of one training
@@ -32,7 +32,8 @@ def prepare(args):
 
     common.prepare_output(args)
     common.prepare_backend(args)
-    classifiers.built(args, [text for text, *_ in parts.rows], labels)  # refuses bad flags now
+    first, *_ = classifiers.built(args, [text for text, *_ in parts.rows], labels)  # refuses bad flags now
+    memory.check(first, args)
     project = f"search_{_digest(args, parts)}"
     try:
         return tuners.CrossValidation(args, parts, project)
@@ -43,7 +44,7 @@ def prepare(args):
 
 def _digest(args, parts):
     """Names what all trials of a search have in common, so that none of another search counts."""
-    places = ("data", "test_data", "pretrain_data", "output_dir", "report", "trials")
+    places = ("data", "test_data", "pretrain_data", "output_dir", "report", "trials", "force")
     common_settings = {name: value for name, value in vars(args).items() if name not in places}
     known = json.dumps([common_settings, [row[:2] for row in parts.rows], parts.more], sort_keys=True)
     return hashlib.sha256(known.encode()).hexdigest()[:8]

@@ -143,6 +143,9 @@ def test_what_it_cannot_start_with_is_refused(arguments, tmp_path, capsys, monke
     assert "invalid choice" in refused("--search", "hyperband")
     assert "at least 1" in refused("--trials", "0")
     assert "`size` must be one of" in refused("--size", "enormous")
+    with monkeypatch.context() as full:
+        full.setattr("keras_llama.backend.free_memory", lambda: 1000)
+        assert "--force trains anyway" in refused()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "needs keras-tuner: pip install keras-tuner" in refused()
 
