@@ -124,14 +124,15 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, wanted):
         if smoothing:
             chosen = ops.squeeze(ops.take_along_axis(logits, target[:, None], axis=-1), -1)
             spread = smoothing * (chosen - ops.mean(logits, axis=-1))
-        entropy, error, hits = backend.softmax_error(logits, target)
+        entropy, error, hits = backend.softmax_error(logits, target, weight)
         right = ops.cast(hits, "float32")
         scores = (backend.write(x, new[None], place) for x, new in ((entropies, entropy), (rights, right)))
         loss += ops.sum(weight * (entropy + spread))
         if wanted:
             if smoothing:
-                error += smoothing * (ops.one_hot(target, vocabulary, dtype="float32") - 1 / vocabulary)
-            error = ops.cast(error * weight[:, None], some.dtype)
+                even = ops.one_hot(target, vocabulary, dtype="float32") - 1 / vocabulary
+                error += smoothing * weight[:, None] * even
+            error = ops.cast(error, some.dtype)
             by_hidden, *by_kernel = gradients
             by_row = ops.cast(ops.matmul(error, multiplier), "float32")
             by_kernel = [

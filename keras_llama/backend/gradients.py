@@ -16,10 +16,11 @@ def silu(x):
     return x * keras.ops.sigmoid(x) if name() == "tensorflow" else keras.ops.silu(x)
 
 
-def softmax_error(logits, targets):
-    """Cross-entropy of float32 logits (R, V) against ids (R,), its gradient softmax - one-hot (R, V), and hits (R,).
+def softmax_error(logits, targets, weights):
+    """Cross-entropy of float32 logits (R, V) against ids (R,), its gradient, and hits (R,).
 
-    By the fewest passes over the logits; torch writes the gradient over them.
+    The gradient is (softmax - one-hot) times float32 weights (R,), (R, V). By the fewest passes over the logits; torch
+    writes it over them: an array of that size is filled faster than the system hands out a new one.
     """
     if name() == "tensorflow":
         import tensorflow as tf
@@ -31,7 +32,7 @@ def softmax_error(logits, targets):
             tf.gather(x, i, batch_dims=1) for x, i in ((logits, best), (logits, targets), (shares, best))
         )
         places = tf.stack([tf.range(tf.shape(targets)[0]), targets], axis=1)
-        error = tf.tensor_scatter_nd_sub(shares, places, tf.ones_like(chosen))
+        error = tf.tensor_scatter_nd_sub(shares, places, tf.ones_like(chosen)) * weights[:, None]
         return top - tf.math.log(largest) - chosen, error, tf.equal(best, targets)  # the largest share is 1 / sum
     if name() == "jax":
         import jax
@@ -40,15 +41,17 @@ def softmax_error(logits, targets):
         target = jax.nn.one_hot(targets, logits.shape[-1], dtype="bool")
         chosen = jax.numpy.sum(jax.numpy.where(target, logits, 0.0), axis=-1)
         hits = jax.numpy.argmax(logits, axis=-1) == targets
-        return total[:, 0] - chosen, jax.numpy.exp(logits - total) - target, hits
+        return total[:, 0] - chosen, (jax.numpy.exp(logits - total) - target) * weights[:, None], hits
     import torch
 
     index = targets[:, None].long()
     hits = torch.argmax(logits, -1) == targets
-    sums = torch.logsumexp(logits, -1, keepdim=True)
-    entropy = (sums - logits.gather(1, index))[:, 0]
-    error = logits.sub_(sums).exp_()
-    return entropy, error.scatter_add_(1, index, -torch.ones_like(sums)), hits
+    top, chosen = torch.amax(logits, -1, keepdim=True), logits.gather(1, index)
+    powers = logits.sub_(top).exp_()
+    sums = powers.sum(-1, keepdim=True)
+    entropy = (sums.log() + top - chosen)[:, 0]
+    error = powers.mul_(weights[:, None] / sums)
+    return entropy, error.scatter_add_(1, index, -weights[:, None]), hits
 
 
 def remat(function, variables=()):
