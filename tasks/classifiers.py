@@ -35,8 +35,11 @@ def build(args, texts, labels, number=0):
     )
 
 
-def backbone(args, preprocessor, texts, causal):
-    """Blocks over the characters of `preprocessor`, and the characters, pairs and triples that `texts` hold often."""
+def backbone(args, preprocessor, texts, causal, final_norm=None):
+    """Blocks over the characters of `preprocessor`, and the characters, pairs and triples that `texts` hold often.
+
+    Unless told, only causal ones have a last norm: in a mean over the text some tokens weigh more than others.
+    """
     import keras_llama
     from keras_llama import ngrams
 
@@ -50,7 +53,7 @@ def backbone(args, preprocessor, texts, causal):
         embedding_dropout=args.embedding_dropout,
         causal=causal,
         num_ngrams=len(listed),
-        final_norm=causal,  # in a mean over the text some tokens weigh more than others
+        final_norm=causal if final_norm is None else final_norm,
         dtype=args.precision,
     )
     if len(listed):
@@ -68,7 +71,7 @@ def pretrain(args, models, texts, more):
     preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length, add_eos=True)
     lm = keras_llama.LlamaCausalLM(backbone(args, models[0].preprocessor, texts, causal=True), preprocessor)
     lm.compile(**common.compile_options(lm, args, len(texts + more), args.pretrain_epochs))
-    _fit(args, lm, "pretraining", texts + more, batch_size=args.batch_size, epochs=args.pretrain_epochs)
+    resumed(args, lm, "pretraining", texts + more, batch_size=args.batch_size, epochs=args.pretrain_epochs)
     learned = {weight.path: keras.ops.convert_to_numpy(weight) for weight in lm.backbone.weights}
     for weight in (weight for model in models for weight in model.backbone.weights):
         weight.assign(learned[weight.path])
@@ -135,7 +138,7 @@ def train(args, model, rows, validation, number=0):
         options["callbacks"] = callbacks + profile
         if args.trainable == "head":
             return model.fit_head(texts, labels, **options).history
-        return _fit(args, model, f"classifier_{number}", texts, labels, **options).history
+        return resumed(args, model, f"classifier_{number}", texts, labels, **options).history
 
 
 def _columns(rows):
@@ -144,7 +147,7 @@ def _columns(rows):
     return (texts if isinstance(texts[0], str) else np.stack(texts)), labels
 
 
-def _fit(args, model, name, *data, **options):
+def resumed(args, model, name, *data, **options):
     """`fit` that keeps its state in a directory of --resume, and goes on from what is there."""
     if not args.resume:
         return model.fit(*data, **options)
