@@ -28,13 +28,17 @@ class Row(NamedTuple):
 def read(path=PASSAGES):
     """The rows of a file in the format of SQuAD 1.1 or 2.0, which CMRC 2018 and DRCD have, too.
 
-    Answers whose `answer_start` is wrong, and those that are not in their context, are counted and told.
+    Answers whose `answer_start` is wrong, those that are not in their context, and empty questions, of which CMRC 2018
+    has one, are counted and told.
     """
     rows: list[Row] = []
-    counts = {"answers": 0, "moved": 0, "absent": 0}
+    counts = {"answers": 0, "moved": 0, "absent": 0, "empty": 0}
     for context, asked in _paragraphs(path):
         place = f"{path}: question {asked.get('id', len(rows))}"
         question, given = asked.get("question"), asked.get("answers", [])
+        if question == "":
+            counts["empty"] += 1
+            continue
         texts = [answer.get("text") for answer in given]
         for name, text in (("context", context), ("question", question), *(("answer", text) for text in texts)):
             if not isinstance(text, str) or not text.strip():
@@ -42,13 +46,16 @@ def read(path=PASSAGES):
         here = [answer for answer in given if answer["text"] in context]
         moved = [a for a in here if not context.startswith(a["text"], max(a.get("answer_start", -1), 0))]
         found = {"answers": len(given), "moved": len(moved), "absent": len(given) - len(here)}
-        counts = {name: count + found[name] for name, count in counts.items()}
+        counts = {name: count + found.get(name, 0) for name, count in counts.items()}
         rows.append(Row(context, question, texts, here, place))
     if not rows:
         raise common.DataError(f"{path}: expected at least one question. Received: none.")
-    if counts["moved"] or counts["absent"]:
-        print("{path}: of {answers} answers {moved} do not stand where they should (the nearest place is taken), and "
-              "{absent} are not in their context (left out).".format(path=path, **counts))  # fmt: skip
+    if counts["moved"] or counts["absent"] or counts["empty"]:
+        print(
+            f"{path}: of {counts['answers']} answers {counts['moved']} do not stand where they should (the nearest "
+            f"place is taken), and {counts['absent']} are not in their context; {counts['empty']} questions are empty. "
+            "These are left out."
+        )
     return rows
 
 
