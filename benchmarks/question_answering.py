@@ -72,7 +72,7 @@ def train(model, args, rows):
     for name, data, without in stages:
         data = cloze.crops(data, args.crop, without, args.seed)
         model.compile(**common.compile_options(model, args, len(data), 1))
-        history = model.fit(data, batch_size=args.batch_size, verbose=2).history
+        history = model.fit(data, batch_size=args.batch_size, verbose=1).history
         told(f"{len(data)} {name}", history["loss"][-1])
     return time.perf_counter() - started
 

@@ -231,10 +231,13 @@ def test_an_answer_longer_than_a_window_is_told(make):
     long = {"question": "What?", "context": CAT, "answers": [CAT]}
     with pytest.raises(ValueError, match="must fit into a window"):
         model.fit([long], verbose=0)
-    with pytest.warns(UserWarning, match="1 of 2 questions are left out"):
+    with warnings.catch_warnings(record=True) as caught:  # other libraries warn of themselves
+        warnings.simplefilter("always")
         model.fit([long, ROWS[0]], verbose=0)
-    with pytest.warns(UserWarning, match="1 of 1 questions were cut to 4 tokens"):
         model.answer("Who sat? " * 20, CAT)
+    told = [str(warning.message) for warning in caught]
+    assert any("1 of 2 questions are left out" in message for message in told)
+    assert any("1 of 1 questions were cut to 4 tokens" in message for message in told)
 
 
 @pytest.fixture
@@ -368,9 +371,15 @@ def test_scores_are_means_and_need_a_reference_each():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"no_answer_threshold": -1.0}, {"causal": True, "stride": 0}])
-@pytest.mark.parametrize("kind", ["texts", "chat_tokenizer"])
-def test_the_export_gives_the_same_answers(make, request, tmp_path, kind, options):
+@pytest.mark.parametrize(
+    ("kind", "options", "jit"),
+    [
+        ("texts", {}, True),
+        ("texts", {"causal": True, "stride": 0}, False),
+        ("chat_tokenizer", {"no_answer_threshold": -1.0}, False),
+    ],
+)
+def test_the_export_gives_the_same_answers(make, request, tmp_path, kind, options, jit):
     import tensorflow as tf
 
     model = make(length=40, tokenizer=request.getfixturevalue(kind), max_answer_length=5, **options)
@@ -381,12 +390,11 @@ def test_the_export_gives_the_same_answers(make, request, tmp_path, kind, option
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*questions were cut")
         expected = model.answer(*asked)
-    for jit in (False, True):
-        model.export(tmp_path / "model", overwrite=True, jit=jit)
-        served = tf.saved_model.load(str(tmp_path / "model")).signatures["serving_default"]
-        found = served(**{name: tf.constant(x) for name, x in zip(("questions", "contexts"), asked, strict=True)})
-        assert [text.decode() for text in found["texts"].numpy()] == [answer["text"] for answer in expected]
-        np.testing.assert_allclose(found["scores"], [answer["score"] for answer in expected], atol=1e-5)
-        for nothing in ([], [""]):
-            none = served(questions=tf.constant(nothing, tf.string), contexts=tf.constant(nothing, tf.string))
-            assert none["texts"].shape == len(nothing)
+    model.export(tmp_path / "model", jit=jit)
+    served = tf.saved_model.load(str(tmp_path / "model")).signatures["serving_default"]
+    found = served(**{name: tf.constant(x) for name, x in zip(("questions", "contexts"), asked, strict=True)})
+    assert [text.decode() for text in found["texts"].numpy()] == [answer["text"] for answer in expected]
+    np.testing.assert_allclose(found["scores"], [answer["score"] for answer in expected], atol=1e-5)
+    for nothing in ([], [""]):
+        none = served(questions=tf.constant(nothing, tf.string), contexts=tf.constant(nothing, tf.string))
+        assert none["texts"].shape == len(nothing)
