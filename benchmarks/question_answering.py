@@ -67,10 +67,11 @@ def train(model, args, rows):
         told("language model", float("nan"))
     records = readers.fit_arguments(model, args, rows)
     contexts = list(dict.fromkeys(row.context for row in rows))
-    stages = [("made questions", cloze.questions(contexts, args.cloze, args.seed), 0.2)] if args.cloze else []
-    stages.append(("questions", records * args.repeats, 0.5))
-    for name, data, without in stages:
-        data = cloze.crops(data, args.crop, without, args.seed)
+    stages = [("questions", records * args.repeats, args.crop, 0.5)]
+    if args.cloze:
+        stages.insert(0, ("made questions", cloze.questions(contexts, args.cloze, args.seed), args.cloze_crop, 0))
+    for name, data, length, without in stages:
+        data = cloze.crops(data, length, without, args.seed)
         model.compile(**common.compile_options(model, args, len(data), 1))
         history = model.fit(data, batch_size=args.batch_size, verbose=1).history
         told(f"{len(data)} {name}", history["loss"][-1])
@@ -85,6 +86,7 @@ def main():
     flags.add_argument("--part", choices=("validation", "test"), default="test")
     flags.add_argument("--repeats", type=common.positive, default=3)
     flags.add_argument("--crop", type=common.positive, default=220, help="characters of a context in training")
+    flags.add_argument("--cloze-crop", type=common.positive, default=64, help="characters for a made question")
     args = flags.parse_args()
     rows, asked = load(args.data_dir, args.part)
     references = [row.references for row in asked]

@@ -54,8 +54,8 @@ def questions(x: Any, y: Any = None, argument: str = "x", found: Counter | None 
     texts = {name: check_texts(columns[name], name) for name in ("question", "context")}
     y = [None] * len(texts["question"]) if y is None else list(y)
     if len({len(y), *map(len, texts.values())}) > 1:
-        raise invalid("There must be a context and answers for each question.", questions=len(texts["question"]),
-                      contexts=len(texts["context"]), answers=len(y))  # fmt: skip
+        lengths = {name: len(rows) for name, rows in {**texts, "answers": y}.items()}
+        raise invalid("There must be a context and answers for each question.", **lengths)
     counted = Counter() if found is None else found
     rows = []
     for i, (question, context, given) in enumerate(zip(*texts.values(), y, strict=True)):
@@ -77,7 +77,8 @@ def _columns(x: Any, argument: str) -> Mapping[str, Any]:
         columns = {name: [row.get(name) for row in x] for name in ("question", "context")}
         x = {**columns, "answers": [row.get("answers", row.get("answer")) for row in x]}
     if not isinstance(x, Mapping) or not {"question", "context"} <= set(x):
-        raise invalid(f"`{argument}` must be a list of {_FORMS}, or a dict of such columns.", **{argument: x})
+        shown = sorted(x) if isinstance(x, Mapping) else x[:1] if isinstance(x, (list, tuple)) else x
+        raise invalid(f"`{argument}` must be a list of {_FORMS}, or a dict of such columns.", **{argument: shown})
     return x
 
 
@@ -199,11 +200,12 @@ def separator(preprocessor: TextPreprocessor) -> int:
     tokenizer = preprocessor.tokenizer
     found = tokenizer.eos_id if tokenizer.eos_id >= 0 else tokenizer.bos_id
     if found < 0:
-        raise invalid("The tokenizer must have a token that begins or ends a text, to part question and context.",
-                      special_tokens=sorted(tokenizer.special_tokens))  # fmt: skip
-    if preprocessor.sequence_length < 8:
-        raise invalid("`sequence_length` must be at least 8: question, context and three tokens beside.",
-                      sequence_length=preprocessor.sequence_length)  # fmt: skip
+        known = sorted(tokenizer.special_tokens)
+        raise invalid("The tokenizer must have a token that begins or ends a text, to part two.", special_tokens=known)
+    if (length := preprocessor.sequence_length) < 8:
+        raise invalid(
+            "`sequence_length` must be at least 8, for question, context and three more.", sequence_length=length
+        )
     return found
 
 

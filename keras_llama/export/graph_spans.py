@@ -52,10 +52,9 @@ class GraphSpans:
         found, context = self.windows(questions, contexts)
         score, none, start, end = self._best(found, self._in_parts(logits, found.ids, found.mask))
         rows = tf.RaggedTensor.from_value_rowids(score, found.owner, tf.size(questions, tf.int64))
-        by_row = tf.pad(
-            rows.to_tensor(2 * _FAR), [[0, 0], [0, 1]], constant_values=3 * _FAR
-        )  # a column if there is none
-        best = rows.row_starts() + tf.argmax(by_row, axis=1)  # of each question one window
+        # Of each question one window; a column more, for there may be no question.
+        by_row = tf.pad(rows.to_tensor(2 * _FAR), [[0, 0], [0, 1]], constant_values=3 * _FAR)
+        best = rows.row_starts() + tf.argmax(by_row, axis=1)
         score, start, end = (tf.gather(values, best) for values in (score, start, end))
         ids = tf.gather(context, tf.ragged.range(start, end))
         # Blanks at the ends, and what is left of characters that were cut within their bytes.
@@ -93,13 +92,9 @@ class GraphSpans:
         place = column - before[:, None]
         begin = tf.gather(context.row_starts(), owner) + start - before
         inside, end = (place >= 0) & (place < size[:, None]), place == size[:, None]
-        ids = tf.where(
-            inside,
-            _at(context.flat_values, begin[:, None] + column),
-            tf.where(
-                place < 0, _at(asked.flat_values, tf.gather(asked.row_starts(), owner)[:, None] + column), self._end
-            ),
-        )
+        of_question = _at(asked.flat_values, tf.gather(asked.row_starts(), owner)[:, None] + column)
+        of_context = _at(context.flat_values, begin[:, None] + column)
+        ids = tf.where(inside, of_context, tf.where(place < 0, of_question, self._end))
         mask = tf.cast(place <= size[:, None], tf.int32)
         ids = tf.where(mask > 0, ids, text.tokenizer.pad_id)
         return _Windows(ids, mask, inside & tf.gather(self._speaks, ids), end, owner, begin), context.flat_values
