@@ -14,7 +14,7 @@ import json
 import pathlib
 import time
 
-from tasks import answers, baselines, classifiers, cloze, common, question_answering, readers
+from tasks import answers, baselines, cloze, common, question_answering, readers
 
 
 def simplified(rows):
@@ -63,7 +63,7 @@ def train(model, args, rows):
         print(f"{time.perf_counter() - started:.0f} s: {name}, loss {loss:.3f}", flush=True)
 
     if args.pretrain_epochs:
-        classifiers.pretrain(args, [model], answers.pieces(rows, args.sequence_length), [])
+        readers.pretrain(args, model, answers.pieces(rows, args.sequence_length))
         told("language model", float("nan"))
     records = readers.fit_arguments(model, args, rows)
     contexts = list(dict.fromkeys(row.context for row in rows))

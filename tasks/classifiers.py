@@ -35,11 +35,8 @@ def build(args, texts, labels, number=0):
     )
 
 
-def backbone(args, preprocessor, texts, causal, final_norm=None):
-    """Blocks over the characters of `preprocessor`, and the characters, pairs and triples that `texts` hold often.
-
-    Unless told, only causal ones have a last norm: in a mean over the text some tokens weigh more than others.
-    """
+def backbone(args, preprocessor, texts, causal):
+    """Blocks over the characters of `preprocessor`, and the characters, pairs and triples that `texts` hold often."""
     import keras_llama
     from keras_llama import ngrams
 
@@ -53,7 +50,7 @@ def backbone(args, preprocessor, texts, causal, final_norm=None):
         embedding_dropout=args.embedding_dropout,
         causal=causal,
         num_ngrams=len(listed),
-        final_norm=causal if final_norm is None else final_norm,
+        final_norm=causal,  # in a mean over the text some tokens weigh more than others
         dtype=args.precision,
     )
     if len(listed):

@@ -20,27 +20,32 @@ def build(args, rows):
         options["no_answer_threshold"] = args.no_answer_threshold
     if args.preset:
         return common.from_preset(args, cls, **options)
-    if not extractive:
-        return _language_model(args, answers.texts_of(rows))
-    tokenizer = keras_llama.SpelledTokenizer.train(answers.texts_of(rows), args.vocabulary_size)
-    preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length)
-    parts = answers.pieces(rows, args.sequence_length)
-    backbone = classifiers.backbone(args, preprocessor, parts, causal=False, final_norm=True)
-    return cls(backbone, preprocessor, **options, dropout=args.dropout)
-
-
-def _language_model(args, texts):
-    import keras_llama
-
+    # A Chinese character is the same token in the question and in the context, whatever words it is of.
+    texts = answers.texts_of(rows)
     tokenizer = keras_llama.SentencePieceTokenizer.train(texts, args.vocabulary_size, split_ideographs=True)
     backbone = keras_llama.LlamaBackbone(
         vocabulary_size=tokenizer.vocabulary_size,
         **keras_llama.size(args.size),
         dropout=args.dropout,
+        causal=not extractive,
         context_length=args.sequence_length,
         dtype=args.precision,
     )
-    return keras_llama.LlamaCausalLM(backbone, keras_llama.TextPreprocessor(tokenizer, args.sequence_length))
+    preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length)
+    return cls(backbone, preprocessor, **options, **({"dropout": args.dropout} if extractive else {}))
+
+
+def pretrain(args, reader, texts):
+    """Trains the blocks as a causal language model on `texts` first."""
+    import keras_llama
+    from keras_llama import backend
+
+    config = {**reader.backbone.get_config(), "causal": True, "name": "language_model"}
+    lm = keras_llama.LlamaCausalLM(keras_llama.LlamaBackbone.from_config(config), reader.preprocessor)
+    lm.compile(**common.compile_options(lm, args, len(texts), args.pretrain_epochs))
+    classifiers.resumed(args, lm, "pretraining", texts, batch_size=args.batch_size, epochs=args.pretrain_epochs)
+    for learned, weight in zip(lm.backbone.weights, reader.backbone.weights, strict=True):
+        backend.copy(learned, weight)
 
 
 def train(model, args, rows, validation):
@@ -49,7 +54,7 @@ def train(model, args, rows, validation):
 
     data, held = (fit_arguments(model, args, part) for part in (rows, validation))
     if args.pretrain_epochs:
-        classifiers.pretrain(args, [model], answers.pieces(rows, args.sequence_length), [])
+        pretrain(args, model, answers.pieces(rows, args.sequence_length))
     if args.cloze:
         made = cloze.questions(list(dict.fromkeys(row.context for row in rows)), args.cloze, args.seed)
         model.compile(**common.compile_options(model, args, len(model.encode(made)["token_ids"]), 1))

@@ -13,7 +13,7 @@ from tasks import answers, baselines, common, question_answering, readers
 THINGS = {"ball": "box", "cup": "bag", "book": "bed", "key": "car", "coin": "hat", "ring": "tin"}
 COLOURS = ("red", "blue", "green", "black")
 FAST = ["--size", "0.3m", "--vocabulary-size", "330", "--sequence-length", "64", "--batch-size", "16"]
-FAST += ["--max-answer-length", "8", "--ngram-count", "0"]
+FAST += ["--max-answer-length", "8"]
 
 
 def article(thing, place, colour, **changes):
