@@ -11,6 +11,7 @@ from keras_llama.config import LlamaConfig, LlamaSeq2SeqConfig, size
 from keras_llama.factory import create_llama_model
 from keras_llama.heads.causal_lm import LlamaCausalLM
 from keras_llama.heads.ensemble import LlamaClassifierEnsemble
+from keras_llama.heads.question_answering import LlamaQuestionAnswering
 from keras_llama.heads.seq2seq_lm import LlamaSeq2SeqLM
 from keras_llama.heads.text_classifier import LlamaTextClassifier
 from keras_llama.layers import (
@@ -21,10 +22,10 @@ from keras_llama.layers import (
     LlamaMLP,
     LlamaPositions,
 )
-from keras_llama.losses import Perplexity, TokenCrossentropy
+from keras_llama.losses import Perplexity, SpanCrossentropy, TokenCrossentropy
 from keras_llama.memory import MemoryEstimate, estimate_memory
 from keras_llama.preprocessing import TextPreprocessor
-from keras_llama.scores import TranslationScores, translation_scores
+from keras_llama.scores import TranslationScores, answer_scores, translation_scores
 from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
 from keras_llama.spelled import SpelledTokenizer
 from keras_llama.subword import BytePairTokenizer, SentencePieceTokenizer
@@ -43,6 +44,7 @@ __all__ = [
     "LlamaMLP",
     "LlamaMemoryMask",
     "LlamaPositions",
+    "LlamaQuestionAnswering",
     "LlamaSeq2SeqBackbone",
     "LlamaSeq2SeqConfig",
     "LlamaSeq2SeqLM",
@@ -50,10 +52,12 @@ __all__ = [
     "MemoryEstimate",
     "Perplexity",
     "SentencePieceTokenizer",
+    "SpanCrossentropy",
     "SpelledTokenizer",
     "TextPreprocessor",
     "TokenCrossentropy",
     "TranslationScores",
+    "answer_scores",
     "create_llama_model",
     "estimate_memory",
     "save_checkpoint",

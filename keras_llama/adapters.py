@@ -25,6 +25,7 @@ class Adaptable(Quantizable):
     """
 
     base_frozen: bool
+    base: str
 
     @property
     def active_adapter(self) -> str | None:
@@ -206,7 +207,7 @@ class Adaptable(Quantizable):
             mapping.from_ours(w.path)[1]: ops.convert_to_numpy(ops.cast(w, "float32")).T for w in self._head_weights()
         }
         adapter = peft.Adapter(settings["rank"], settings["alpha"], settings["dropout"], modules, heads)
-        peft.write(directory, adapter, _TASK_TYPES.get(self.head), overwrite)
+        peft.write(directory, adapter, _TASK_TYPES.get(self.head), self.base, overwrite)
 
     @property
     def adapter_settings(self):

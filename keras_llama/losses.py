@@ -1,4 +1,7 @@
-"""Losses and metrics over real tokens. Shapes: B batch, T tokens, D hidden, V vocabulary, R rows of a chunk."""
+"""Losses and metrics over real tokens, and of spans of them.
+
+Shapes: B batch, T tokens, D hidden, V vocabulary, R rows of a chunk.
+"""
 
 import itertools
 
@@ -213,3 +216,56 @@ class TokenAccuracy(TokenMetric):
 
     def add(self, entropy, right, weights):
         super(TokenMetric, self).update_state(right, sample_weight=weights)
+
+
+@register
+class SpanCrossentropy(keras.losses.Loss):
+    """Cross-entropy of logits (B, T, 2) of where a span starts and ends: the mean of both, each a softmax over tokens.
+
+    Targets (B, T, 2) are 0 at a token that cannot be the one, 1 at one that can, 2 at one that is. Where several are,
+    the probability of any of them counts (Clark and Gardner, 2018, https://arxiv.org/abs/1710.10723).
+
+    >>> loss = SpanCrossentropy()
+    >>> round(float(loss(np.array([[[0, 0], [2, 1], [1, 2]]]), np.zeros((1, 3, 2), "float32"))), 3)  # log 2
+    0.693
+    """
+
+    def __init__(self, name="span_crossentropy"):
+        super().__init__(name=name, dtype="float32")
+
+    def call(self, y_true, y_pred):
+        possible, right = (ops.logsumexp(_only(y_pred, y_true, least), axis=1) for least in (1, 2))
+        return ops.mean(possible - right, axis=-1)
+
+    def get_config(self):
+        return {"name": self.name}
+
+
+@register
+class SpanAccuracy(keras.metrics.Mean):
+    """How many rows have both the start and the end where they should be; targets as `SpanCrossentropy` takes them.
+
+    >>> metric = SpanAccuracy()
+    >>> logits = np.array([[[2.0, 0.0], [1.0, 3.0]], [[0.0, 0.0], [1.0, 3.0]]])
+    >>> metric.update_state(np.array([[[2, 1], [1, 2]]] * 2), logits)
+    >>> float(metric.result())
+    0.5
+    """
+
+    def __init__(self, name="accuracy", dtype="float32"):
+        super().__init__(name=name, dtype=dtype)
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        y_true = ops.convert_to_tensor(y_true)
+        best = ops.argmax(_only(ops.cast(y_pred, "float32"), y_true, 1), axis=1)  # (B, 2)
+        found = ops.take_along_axis(y_true, ops.expand_dims(best, 1), axis=1)
+        right = ops.all(ops.greater_equal(found, 2), axis=(1, 2))
+        super().update_state(ops.cast(right, "float32"), sample_weight=sample_weight)
+
+    def get_config(self):
+        return {"name": self.name, "dtype": self.dtype}
+
+
+def _only(logits, targets, least):
+    """Logits of the tokens whose target is at least so much; others far below."""
+    return ops.where(ops.greater_equal(targets, least), logits, -1e9)

@@ -17,6 +17,7 @@ from keras_llama import backend
 from keras_llama.config import invalid
 from keras_llama.heads.causal_lm import LlamaCausalLM
 from keras_llama.heads.ensemble import LlamaClassifierEnsemble
+from keras_llama.heads.question_answering import LlamaQuestionAnswering
 from keras_llama.heads.text_classifier import LlamaTextClassifier
 from keras_llama.losses import rows_of_chunk
 
@@ -70,7 +71,8 @@ def estimate_memory(task: Any, batch_size: int, sequence_length: int, optimizer:
     """What `fit` of this task takes above what the process holds before, without running anything.
 
     Args:
-        task: a `LlamaCausalLM` or `LlamaTextClassifier`, as it will be trained: frozen, adapted, with `remat`.
+        task: a `LlamaCausalLM`, `LlamaTextClassifier` or `LlamaQuestionAnswering`, as it will be trained: frozen,
+            adapted, with `remat`.
         batch_size: B, rows of a step.
         sequence_length: T, tokens of a row, padding included.
         optimizer: a name or an object; `None` is the one that the task is compiled with, else AdamW.
@@ -94,10 +96,11 @@ def estimate_memory(task: Any, batch_size: int, sequence_length: int, optimizer:
 
 
 def _check(task: Any, batch_size: Any, sequence_length: Any) -> None:
-    kinds = (LlamaCausalLM, LlamaTextClassifier)
+    kinds = (LlamaCausalLM, LlamaTextClassifier, LlamaQuestionAnswering)
     if not isinstance(task, kinds) or isinstance(task, LlamaClassifierEnsemble):
         hint = "Other tasks have no formula yet."
-        raise invalid("`task` must be a LlamaCausalLM or a LlamaTextClassifier.", hint, task=type(task).__name__)
+        names = ", ".join(kind.__name__ for kind in kinds)
+        raise invalid(f"`task` must be one of {names}.", hint, task=type(task).__name__)
     for name, value in {"batch_size": batch_size, "sequence_length": sequence_length}.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise invalid(f"`{name}` must be an integer of at least 1.", **{name: value})

@@ -89,6 +89,11 @@ class TextPreprocessor:
         return self.cut(rows, cut, self.end if add_eos else [])
 
     @property
+    def begin(self) -> list[int]:
+        """What a text begins with: the vocabulary's token, or nothing."""
+        return [self.tokenizer.bos_id] if self.add_bos and self.tokenizer.bos_id >= 0 else []
+
+    @property
     def end(self) -> list[int]:
         """What ends a text that has an end: the vocabulary's token, or nothing where it has none."""
         return [self.tokenizer.eos_id] if self.tokenizer.eos_id >= 0 else []

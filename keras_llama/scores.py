@@ -1,11 +1,17 @@
-"""BLEU and chrF of translations, by sacrebleu, as numbers and as metrics of an epoch."""
+"""Scores of texts: BLEU and chrF of translations, by sacrebleu; exact match and F1 of answers."""
 
+import difflib
+import re
+import string
+import unicodedata
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 
 from keras_llama.config import invalid
+from keras_llama.subword import IDEOGRAPH
 
 
 def translation_scores(
@@ -48,6 +54,59 @@ def _sacrebleu(tokenize):
     if tokenize not in known:
         raise invalid(f"`tokenize` must be one of {sorted(known)}.", tokenize=tokenize)
     return sacrebleu
+
+
+def answer_scores(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, float]:
+    """Exact match and F1 of answers, both from 0 to 100, each against the reference that suits it best.
+
+    Where an answer or its reference holds Chinese, as CMRC 2018 has it (https://arxiv.org/abs/1810.07366): of Chinese
+    characters and of words of other scripts, punctuation left out, F1 by the longest run that both share. Else as SQuAD
+    has it (https://arxiv.org/abs/1606.05250): of words, without case, punctuation and articles, F1 by the words that
+    both share.
+
+    Args:
+        answers: one for each question, "" for none.
+        references: for each question its answer, or a list of them; [] or "" for a question that has none.
+
+    Raises:
+        ValueError: if there is not a reference for each answer.
+
+    >>> answer_scores(["the Seine"], [["Seine", "river Seine"]])
+    {'exact_match': 100.0, 'f1': 100.0}
+    >>> answer_scores(["在巴黎"], ["巴黎"])
+    {'exact_match': 0.0, 'f1': 80.0}
+    """
+    rows = [[row] if isinstance(row, str) else list(row) or [""] for row in references]
+    if len(rows) != len(answers) or not rows:
+        raise invalid("There must be references for each answer.", answers=len(answers), references=len(rows))
+    exact = f1 = 0.0
+    for answer, row in zip(answers, rows, strict=True):
+        scores = [_answer_score(answer, reference) for reference in row]
+        exact += max(score[0] for score in scores)
+        f1 += max(score[1] for score in scores)
+    return {"exact_match": 100 * exact / len(rows), "f1": 100 * f1 / len(rows)}
+
+
+def _answer_score(answer: str, reference: str) -> tuple[float, float]:
+    """Exact match and F1 of one answer, from 0 to 1."""
+    chinese = bool(re.search(IDEOGRAPH, answer + reference))
+    found, wanted = (_units(text, chinese) for text in (answer, reference))
+    if not (found and wanted):
+        return (float(found == wanted),) * 2
+    if chinese:
+        same = difflib.SequenceMatcher(None, found, wanted, autojunk=False).find_longest_match().size
+    else:
+        same = (Counter(found) & Counter(wanted)).total()
+    return float(found == wanted), 2 * same / (len(found) + len(wanted))
+
+
+def _units(text: str, chinese: bool) -> list[str]:
+    """What an answer is compared by: Chinese characters and words, or words alone."""
+    if chinese:
+        plain = "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text.lower())
+        return re.findall(f"{IDEOGRAPH}|(?:(?!{IDEOGRAPH})\\S)+", plain)
+    plain = "".join(c for c in text.lower() if c not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 
 
 class TranslationScores(keras.callbacks.Callback):

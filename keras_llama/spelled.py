@@ -76,5 +76,22 @@ class SpelledTokenizer(SentencePieceTokenizer):
             return rows
         return [[i for one in row for i in self.spelling[one]] for row in rows]
 
+    def _encode_with_offsets(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        return [self._spelled(*row) for row in super()._encode_with_offsets(texts)]
+
+    def _spelled(self, ids: list[int], offsets: list[tuple[int, int]]) -> tuple[list[int], list[tuple[int, int]]]:
+        """A row in characters; the one for a space before the text stands for no character of it."""
+        spelled: list[int] = []
+        places: list[tuple[int, int]] = []
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            characters = self.spelling[token]
+            spelled += characters
+            if len(characters) == 1:
+                places.append((start, end))
+            else:
+                first = end - len(characters)
+                places += [(at, at + 1) if at >= start else (start, start) for at in range(first, end)]
+        return spelled, places
+
     def _decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
         return super()._decode([self.characters[row].tolist() for row in rows], skip_special_tokens)

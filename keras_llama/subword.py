@@ -82,6 +82,9 @@ class BytePairTokenizer(Tokenizer):
         rust = self._parsing if parse_special else self._plain
         return [row.ids for row in rust.encode_batch_fast(texts, add_special_tokens=False)]
 
+    def _encode_with_offsets(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        return [(row.ids, row.offsets) for row in self._plain.encode_batch(texts, add_special_tokens=False)]
+
     def _decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
         return self._plain.decode_batch(rows, skip_special_tokens)
 
@@ -242,6 +245,17 @@ class SentencePieceTokenizer(Tokenizer):
         if parse_special:
             return [self._encode_split(text) for text in texts]
         return self._processor.encode(texts, out_type=int)
+
+    def _encode_with_offsets(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        found = self._processor.encode(texts, return_type="offset_mapping")
+        return [(row["ids"], self._of_characters(row["ids"], row["offsets"])) for row in found]
+
+    def _of_characters(self, ids: list[int], offsets: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Offsets with the place of all of a character for each of its bytes; the library has it for the last one."""
+        spans: list[tuple[int, int]] = []
+        for token, (start, end) in zip(reversed(ids), reversed(offsets), strict=True):
+            spans.append((start, spans[-1][1]) if start == end and self._processor.is_byte(token) else (start, end))
+        return spans[::-1]
 
     def _decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
         if not skip_special_tokens:

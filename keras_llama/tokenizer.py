@@ -85,6 +85,12 @@ class Tokenizer:
     def _decode(self, rows: list[list[int]], skip_special_tokens: bool) -> list[str]:
         raise NotImplementedError
 
+    @functools.cached_property
+    def blank_ids(self) -> frozenset[int]:
+        """Ids of the tokens whose text is blank, or that have none."""
+        texts = self.decode([[i] for i in range(self.vocabulary_size)])
+        return frozenset(i for i, text in enumerate(texts) if not text.strip())
+
     @property
     def bos_id(self) -> int:
         """Id of the token that begins a text, -1 if the vocabulary has none."""
@@ -124,18 +130,46 @@ class Tokenizer:
         Raises:
             ValueError: for what is no list of strings, or text that UTF-8 cannot hold.
         """
-        if isinstance(texts, (str, bytes)) or not all(isinstance(text, str) for text in texts):
-            raise invalid("`texts` must be a list of strings.", "Put a single text into a list.", texts=texts)
         bos = [self.bos_id] if add_bos and self.bos_id >= 0 else []
         eos = [self.eos_id] if add_eos and self.eos_id >= 0 else []
+        rows = self._checked(self._encode, texts, parse_special)
+        return [[*bos, *row, *eos] for row in rows] if bos or eos else rows
+
+    def encode_with_offsets(self, texts: Sequence[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of each text as `encode` gives them, and where in the text each of them stands.
+
+        Args:
+            texts: strings.
+
+        Returns:
+            For each text its ids, and for each id the place of its first character and that behind its last one. The
+            bytes of a character have the place of all of it; a space before the text has an empty one, or the first.
+
+        Raises:
+            ValueError: as `encode`.
+
+        >>> tokenizer = keras_llama.SentencePieceTokenizer.train(["a good film"] * 9, vocabulary_size=280)
+        >>> ((ids, offsets),) = tokenizer.encode_with_offsets(["a film"])
+        >>> ["a film"[start:end] for start, end in offsets]
+        ['a', ' film']
+        """
+        return self._checked(self._encode_with_offsets, texts)
+
+    def _encode_with_offsets(self, texts: list[str]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+        raise NotImplementedError
+
+    @staticmethod
+    def _checked(encode, texts, *options):
+        """What `encode` makes of a list of strings; other texts are refused."""
+        if isinstance(texts, (str, bytes)) or not all(isinstance(text, str) for text in texts):
+            raise invalid("`texts` must be a list of strings.", "Put a single text into a list.", texts=texts)
         try:
-            rows = self._encode(list(texts), parse_special)
+            return encode(list(texts), *options)
         except (TypeError, UnicodeEncodeError) as error:
             wrong = [text for text in texts if any("\ud800" <= character <= "\udfff" for character in text)]
             if not wrong:
                 raise
             raise invalid("`texts` must be Unicode; half a surrogate pair is none.", text=wrong[0]) from error
-        return [[*bos, *row, *eos] for row in rows] if bos or eos else rows
 
     @property
     def chat_template(self) -> str | None:

@@ -1,16 +1,56 @@
 """The floors that recipes print beside their scores."""
 
+import itertools
+import math
+import re
+from collections import Counter
+
 
 def nearest_translations(train_rows, sources):
     """For each source the target of the training row whose source is most alike: TF-IDF of character 1-4-grams."""
+    return [train_rows[i][1] for (i,) in nearest([source for source, *_ in train_rows], sources)]
+
+
+def nearest(texts, asked, count=1):
+    """For each text of `asked` the numbers (N, count) of the `texts` that are most alike, the nearest first."""
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.neighbors import NearestNeighbors
 
     vectorizer = TfidfVectorizer(analyzer="char_wb", ngram_range=(1, 4), sublinear_tf=True)
-    known = vectorizer.fit_transform([source for source, *_ in train_rows])
-    nearest = NearestNeighbors(n_neighbors=1, metric="cosine").fit(known)
-    found = nearest.kneighbors(vectorizer.transform(sources), return_distance=False)[:, 0]
-    return [train_rows[i][1] for i in found]
+    known = vectorizer.fit_transform(texts)
+    found = NearestNeighbors(n_neighbors=min(count, len(texts)), metric="cosine").fit(known)
+    return found.kneighbors(vectorizer.transform(asked), return_distance=False)
+
+
+def window_answers(rows):
+    """For each (question, context) the clause that shares most words with the question, without those at its ends.
+
+    It is the sliding window of Richardson et al. (2013, https://aclanthology.org/D13-1020) where no answers are given
+    to choose from: a clause is looked at with as many words as the question has on either side, and rare words weigh
+    more. A Chinese character is a word.
+    """
+    return [_window_answer(question, context) for question, context in rows]
+
+
+_WORD = re.compile(r"[\u3400-\u9fff]|[^\W\u3400-\u9fff]+|[^\w\s]")
+
+
+def _window_answer(question, context):
+    asked = {word for word in _WORD.findall(question.lower()) if word.isalnum()}
+    found = list(_WORD.finditer(context))
+    words = [match[0].lower() for match in found]
+    counts, size = Counter(words), len(_WORD.findall(question))
+    best, most = context, -1.0
+    for spoken, places in itertools.groupby(range(len(words)), key=lambda i: words[i].isalnum()):
+        clause = list(places)
+        new = [i for i in clause if words[i] not in asked]
+        if not (spoken and new):
+            continue
+        around = set(words[max(0, new[0] - size) : new[-1] + 1 + size]) & asked
+        shared = sum(math.log(1 + 1 / counts[word]) for word in around)
+        if shared > most:
+            best, most = context[found[new[0]].start() : found[new[-1]].end()], shared
+    return best
 
 
 def linear_classifier(train_rows, test_rows):

@@ -258,7 +258,7 @@ def _difference(model: Any, logits: np.ndarray, probabilities: Any) -> float:
     return float(np.abs(found - expected).max())
 
 
-def exported(model: Any, directory: pathlib.Path, texts: list[str]) -> dict[str, Any] | None:
+def exported(model: Any, directory: pathlib.Path, texts: list[str] | dict[str, list[str]]) -> dict[str, Any] | None:
     """What a fresh process gets from the exported model; `None`, told why, for a vocabulary no graph holds."""
     try:
         model.export(directory, overwrite=True)
@@ -268,8 +268,8 @@ def exported(model: Any, directory: pathlib.Path, texts: list[str]) -> dict[str,
     return serve(directory, texts)
 
 
-def serve(directory: str | os.PathLike, texts: list[str]) -> dict[str, Any]:
-    """What a fresh process, with TensorFlow only, gets from an exported model."""
+def serve(directory: str | os.PathLike, texts: list[str] | dict[str, list[str]]) -> dict[str, Any]:
+    """What a fresh process, with TensorFlow only, gets from an exported model; `texts` by name where it takes more."""
     script = pathlib.Path(__file__).with_name("serve.py")
     command = [sys.executable, str(script), str(directory)]
     served = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)

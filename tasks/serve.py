@@ -1,6 +1,8 @@
 """Asks an exported model as a server would, without Keras: JSON list of texts in, JSON answers out.
 
 python tasks/serve.py saved_models/classification/saved_model < texts.json
+
+Of a model with more inputs than one, the JSON is an object with a list for each of them.
 """
 
 import importlib
@@ -16,7 +18,9 @@ def main() -> None:
     for name in needed:
         importlib.import_module(name)
     model = tf.saved_model.load(sys.argv[1])
-    answer = model.signatures["serving_default"](tf.constant(json.load(sys.stdin)))
+    given, ask = json.load(sys.stdin), model.signatures["serving_default"]
+    many = isinstance(given, dict)
+    answer = ask(**{name: tf.constant(texts) for name, texts in given.items()}) if many else ask(tf.constant(given))
     loaded = ({"keras_llama", "keras_hub", "tensorflow_text"} & set(sys.modules)) - set(needed)
     if loaded:
         raise RuntimeError(f"Serving must not need {sorted(loaded)}.")

@@ -100,14 +100,16 @@ _TOP = {
     "norm.weight": "final_norm/scale",
     "lm_head.weight": "lm_head/kernel",
     "score.weight": "score/kernel",
+    "qa_outputs.weight": "qa_outputs/kernel",
+    "qa_outputs.bias": "qa_outputs/bias",
 }
 
 
 def our_path(name):
     """The path of our variable for a Transformers parameter, and whether its value is transposed."""
-    name = name.removeprefix("model.")
+    name = name.removeprefix("model.").removeprefix("transformer.")
     if name in _TOP:
-        return _TOP[name], name in ("lm_head.weight", "score.weight")
+        return _TOP[name], _TOP[name].endswith("/kernel")
     _, index, rest = name.split(".", 2)
     module, kind = rest.rsplit(".", 1)
     leaf = "bias" if kind == "bias" else "scale" if "norm" in module else "kernel"

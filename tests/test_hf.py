@@ -152,6 +152,32 @@ def test_a_classifier_starts_on_a_language_model(tmp_path, capsys):
     assert 0.5 < score.std() * 32**0.5 < 2  # drawn for 32 features, not left at zero
 
 
+def test_a_reader_in_and_out(tmp_path, capsys):
+    model = reference.randomize(transformers.LlamaForQuestionAnswering(reference.hf_config()))
+    model.save_pretrained(tmp_path / "in")
+    ours = keras_llama.LlamaQuestionAnswering.from_preset(tmp_path / "in")
+    assert not capsys.readouterr().out
+    answer = model(torch.tensor(IDS.astype(int)))
+    expected = torch.stack([answer.start_logits, answer.end_logits], dim=-1).detach().numpy()
+    assert np.abs(logits(ours) - expected).max() <= 1e-4
+    save_checkpoint(ours, tmp_path / "out")
+    back = transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), back.state_dict().values(), strict=True))
+    names = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert {"qa_outputs.weight", "qa_outputs.bias", "transformer.norm.weight"} <= names
+    keras_llama.LlamaTextClassifier.from_preset(tmp_path / "in", num_classes=2)  # any head on any checkpoint
+    assert "has no score.weight" in capsys.readouterr().out
+
+
+def test_a_reader_starts_on_a_language_model(tmp_path, capsys):
+    write(tmp_path)
+    ours = keras_llama.LlamaQuestionAnswering.from_preset(tmp_path, stride=8)
+    assert "has no qa_outputs.bias, qa_outputs.weight: drawn at random" in capsys.readouterr().out
+    kernel, bias = map(ops.convert_to_numpy, ours.get_layer("qa_outputs").weights)
+    assert 0.5 < kernel.std() * 32**0.5 < 2
+    assert not bias.any()
+
+
 @pytest.mark.parametrize("options", [{"pooling": "mean"}, {"causal": False}])
 def test_what_other_tools_would_compute_otherwise_stays_here(tmp_path, make_backbone, options):
     backbone = make_backbone(causal=options.get("causal", True))

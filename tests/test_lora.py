@@ -251,6 +251,24 @@ def test_a_classifier_takes_its_head_along(tmp_path):
     np.testing.assert_allclose(predicted(again), predicted(ours), atol=1e-5)
 
 
+def test_a_reader_takes_its_head_along(tmp_path):
+    base = reference.randomize(transformers.LlamaForQuestionAnswering(reference.hf_config()))
+    base.save_pretrained(tmp_path / "base")
+    ours = keras_llama.LlamaQuestionAnswering.from_preset(tmp_path / "base")
+    kernel = arrays([ours.get_layer("qa_outputs").kernel])[0]
+    trained(ours, np.stack([np.arange(16) % 3, np.arange(16) % 3 + 1], axis=1))
+    assert len(ours.trainable_weights) == 2 + 16
+    assert np.abs(arrays([ours.get_layer("qa_outputs").kernel])[0] - kernel).max() > 1e-3
+    keras_llama.save_checkpoint(ours, tmp_path / "adapter", format="peft")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    answer = theirs(torch.tensor(IDS.astype(int)))
+    expected = torch.stack([answer.start_logits, answer.end_logits], dim=-1).detach().numpy()
+    np.testing.assert_allclose(predicted(ours, IDS), expected, atol=1e-4)
+    again = keras_llama.LlamaQuestionAnswering.from_preset(tmp_path / "base")
+    again.load_adapter(tmp_path / "adapter", "squad")
+    np.testing.assert_allclose(predicted(again), predicted(ours), atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

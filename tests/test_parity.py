@@ -109,3 +109,19 @@ def test_classifier_logits_as_transformers():
     with torch.no_grad():
         expected = theirs(**hf_inputs(inputs)).logits.numpy()
     assert np.abs(keras.ops.convert_to_numpy(ours(inputs)) - expected).max() <= MODEL
+
+
+@pytest.mark.parametrize("changes", ["base", "heads_one_kv", "head_dim", "llama3", "attention_bias"])
+def test_question_answering_logits_as_transformers(inputs, changes):
+    import transformers
+
+    import keras_llama
+
+    config = reference.hf_config(**reference.CONFIGS[changes])
+    theirs = reference.randomize(transformers.LlamaForQuestionAnswering(config))
+    ours = keras_llama.LlamaQuestionAnswering(keras_llama.LlamaBackbone(**reference.our_config(config)))
+    reference.copy_weights(theirs, ours)
+    with torch.no_grad():
+        answer = theirs(**hf_inputs(inputs))
+    expected = torch.stack([answer.start_logits, answer.end_logits], dim=-1)
+    assert_near(ours(inputs), expected, inputs["padding_mask"], MODEL)

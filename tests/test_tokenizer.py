@@ -70,6 +70,39 @@ def test_refuses_to_train_on_nothing(texts):
         keras_llama.SentencePieceTokenizer.train(texts)
 
 
+def _spelled():
+    return keras_llama.SpelledTokenizer.train(vocabularies.TEXTS * 4, 400)
+
+
+def _rust():
+    return BytePairTokenizer(SentencePieceTokenizer.train(vocabularies.TEXTS * 4, 400).files)
+
+
+@pytest.mark.parametrize("make", ["tokenizer", "chat_tokenizer", _spelled, _rust])
+@pytest.mark.parametrize("text", [*vocabularies.HARD[:-1], "\ud55c\u3000 \U0001f600x"])
+def test_offsets_say_where_each_token_stands(request, make, text):
+    tokenizer = make() if callable(make) else request.getfixturevalue(make)
+    ((ids, offsets),) = tokenizer.encode_with_offsets([text])
+    assert ids == tokenizer.encode([text])[0]
+    assert all(0 <= start <= end <= len(text) for start, end in offsets)
+    assert offsets == sorted(offsets)
+    assert {i for start, end in offsets for i in range(start, end)} == set(range(len(text)))  # every character
+    for token, (start, end) in zip(ids, offsets, strict=True):
+        written = tokenizer.decode([[token]])[0].strip()
+        if "\ufffd" in written:  # a byte has the place of its character
+            assert text[start:end]
+        elif written:  # no space before the text
+            assert written == text[start:end].strip().strip("\u2581")
+
+
+def test_blank_tokens_are_known(tokenizer):
+    ids = tokenizer.encode([" \n film"])[0]
+    blank = [i in tokenizer.blank_ids for i in ids]
+    assert blank[:-1] == [True] * (len(ids) - 1)
+    assert not blank[-1]
+    assert {tokenizer.bos_id, tokenizer.eos_id} <= tokenizer.blank_ids
+
+
 @pytest.mark.parametrize("size", [10, 262])
 def test_refuses_a_vocabulary_that_cannot_hold_the_characters(size):
     with pytest.raises(ValueError, match="vocabulary_size="):

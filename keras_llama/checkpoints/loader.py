@@ -67,7 +67,7 @@ def load(model: Any, checkpoint: Checkpoint, fresh: Iterable[str] = ()) -> None:
         if name in checkpoint.tensors:
             array = _read(checkpoint, name)
             backend.assign(variable, array.T if row.transposed else array)
-        else:  # the head of a new task
+        elif row.transposed:  # the head of a new task; a bias is zero already
             variable.assign(kernel_initializer()(variable.shape, variable.dtype))
     _check_tied_head(model, checkpoint)
 

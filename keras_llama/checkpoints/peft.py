@@ -59,8 +59,12 @@ class Adapter(NamedTuple):
     heads: dict[str, np.ndarray]
 
 
-def write(directory: str | os.PathLike, adapter: Adapter, task_type: str | None, overwrite: bool = False) -> None:
+def write(
+    directory: str | os.PathLike, adapter: Adapter, task_type: str | None, base: str, overwrite: bool = False
+) -> None:
     """Writes a directory that `peft.PeftModel.from_pretrained` reads; other files in it stay.
+
+    `base` is what Transformers puts before the names of the base model's modules.
 
     Raises:
         ValueError: if there is an adapter already and `overwrite` is not set.
@@ -73,7 +77,7 @@ def write(directory: str | os.PathLike, adapter: Adapter, task_type: str | None,
     tensors = {f"{_PREFIX}{name}": array for name, array in adapter.heads.items()}
     for name, pair in adapter.modules.items():
         for kind, array in zip("AB", pair, strict=True):
-            tensors[f"{_PREFIX}model.{name}.lora_{kind}.weight"] = array
+            tensors[f"{_PREFIX}{base}{name}.lora_{kind}.weight"] = array
     config = {
         "peft_type": "LORA",
         "task_type": task_type,
@@ -121,7 +125,7 @@ def read(directory: str | os.PathLike) -> Adapter:
     modules: dict[str, dict[str, np.ndarray]] = {}
     heads = {}
     for name, array in tensors.items():
-        found = re.fullmatch(r"base_model\.model\.(?:model\.)?(.*)\.lora_([AB])\.weight", name)
+        found = re.fullmatch(r"base_model\.model\.(?:model\.|transformer\.)?(.*)\.lora_([AB])\.weight", name)
         if found:
             modules.setdefault(found[1], {})[found[2]] = array
         else:

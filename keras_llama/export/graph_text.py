@@ -40,7 +40,7 @@ class GraphText:
     """
 
     def __init__(self, text: TextPreprocessor, jit: bool = False):
-        self._text, self._jit = text, jit
+        self.preprocessor, self.jit = text, jit
         self._graph = graph_tokenizer(text.tokenizer)
         self.needs, self.resources = self._graph.needs, self._graph.resources
 
@@ -48,13 +48,13 @@ class GraphText:
         """`function` of tensors, compiled by XLA for each new set of shapes if that was asked for."""
         import tensorflow as tf
 
-        return tf.function(function, jit_compile=True, autograph=False) if self._jit else function
+        return tf.function(function, jit_compile=True, autograph=False) if self.jit else function
 
     def length(self, tokens):
         """How many columns to make for some tokens, int32 ()."""
         import tensorflow as tf
 
-        if not self._jit:
+        if not self.jit:
             return tokens
         buckets = tf.constant(backend.buckets(_LONGEST))
         return tf.gather(buckets, tf.searchsorted(buckets, tokens[None])[0])
@@ -63,7 +63,7 @@ class GraphText:
         """Strings (B,) -> ids, ragged int32 (B, None), cut to `limit` tokens: begin and end are kept."""
         import tensorflow as tf
 
-        tokenizer = self._text.tokenizer
+        tokenizer = self.preprocessor.tokenizer
         bos = [tokenizer.bos_id] if add_bos and tokenizer.bos_id >= 0 else []
         eos = [tokenizer.eos_id] if add_eos and tokenizer.eos_id >= 0 else []
         room = limit - len(bos) - len(eos)
@@ -74,12 +74,12 @@ class GraphText:
 
     def encode(self, texts):
         """Strings (B,) -> ids and mask int32 (B, T), padded on the right, as `fit` and `predict` see them."""
-        rows = self.rows(texts, self._text.sequence_length, self._text.add_bos, self._text.add_eos)
+        rows = self.rows(texts, self.preprocessor.sequence_length, self.preprocessor.add_bos, self.preprocessor.add_eos)
         return self.padded(rows), self.mask(rows)
 
     def padded(self, rows):
         """Ragged rows (B, None) -> int32 (B, T)."""
-        return self._dense(rows, self._text.tokenizer.pad_id)
+        return self._dense(rows, self.preprocessor.tokenizer.pad_id)
 
     def mask(self, rows):
         """1 for each token of ragged rows (B, None), int32 (B, T)."""
@@ -101,8 +101,8 @@ class GraphText:
         """
         import tensorflow as tf
 
-        rows = self.rows(texts, limit, self._text.add_bos, False)
-        tokenizer = self._text.tokenizer
+        rows = self.rows(texts, limit, self.preprocessor.add_bos, False)
+        tokenizer = self.preprocessor.tokenizer
         start = tokenizer.eos_id if tokenizer.eos_id >= 0 else tokenizer.pad_id
         none = tf.cast(rows.row_lengths() == 0, tf.int64)
         rows = tf.concat([tf.RaggedTensor.from_row_lengths(tf.fill([tf.reduce_sum(none)], start), none), rows], 1)
@@ -139,7 +139,7 @@ class GraphText:
         import tensorflow as tf
 
         rows = self._graph.encode(texts)
-        token_ids = rows.to_tensor(self._text.tokenizer.pad_id)
+        token_ids = rows.to_tensor(self.preprocessor.tokenizer.pad_id)
         return {"token_ids": token_ids, "lengths": tf.cast(rows.row_lengths(), tf.int32)}
 
     def detokenize(self, token_ids, lengths):

@@ -29,6 +29,7 @@ class Files(Adaptable):
     backbone: Any
     backbone_class: Any = LlamaBackbone
     head = ""  # its weights' name in the words of Hugging Face: "lm_head", "score", "qa_outputs"
+    base = "model."  # what stands there before the names of the backbone's weights
 
     @classmethod
     def from_preset(cls, preset, dtype=None, sequence_length=None, **options):
@@ -104,7 +105,7 @@ class Files(Adaptable):
             fields |= {name: token for name, token in ids.items() if token >= 0}
         return {
             "fields": fields,
-            "prefix": "model.",
+            "prefix": self.base,
             "files": {} if tokenizer is None else tokenizer.files,
             "generation": {},
             "options": {},

@@ -1,0 +1,400 @@
+"""LlamaQuestionAnswering: spans found and checked, windows over long contexts, answers of the context only, scores."""
+
+import itertools
+import json
+import warnings
+
+import keras
+import numpy as np
+import pytest
+
+import keras_llama
+from keras_llama import answer_scores
+from keras_llama.questions import best_span, questions, span_targets, windows
+
+CAT = "The cat sat on the mat. A dog slept under the old tree."
+RIVER = "长江发源于青藏高原，在上海附近注入东海。"
+ROWS = [
+    {"question": "Who sat?", "context": CAT, "answers": ["The cat"]},
+    {"question": "Who slept?", "context": CAT, "answers": [{"text": "A dog", "answer_start": 24}]},
+    {"question": "Where did it sleep?", "context": CAT, "answers": {"text": ["the old tree"], "answer_start": [42]}},
+    {"question": "长江发源于哪里？", "context": RIVER, "answer": "青藏高原", "id": "Q4"},
+    {"question": "长江注入哪里？", "context": RIVER, "answers": "东海"},
+]
+WANTED = ["The cat", "A dog", "the old tree", "青藏高原", "东海"]
+
+
+@pytest.fixture(scope="module")
+def texts():
+    return keras_llama.SpelledTokenizer.train(
+        [row[name] for row in ROWS for name in ("question", "context")] * 4, vocabulary_size=400
+    )
+
+
+@pytest.fixture
+def make(texts):
+    def make(length=96, causal=False, tokenizer=texts, **options):
+        size = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "hidden_dim": 32}
+        backbone = keras_llama.LlamaBackbone(
+            vocabulary_size=tokenizer.vocabulary_size, **size, intermediate_dim=48, causal=causal
+        )
+        preprocessor = keras_llama.TextPreprocessor(tokenizer, length)
+        return keras_llama.LlamaQuestionAnswering(backbone, preprocessor, **options)
+
+    return make
+
+
+def compiled(model):
+    model.compile(keras.optimizers.Adam(1e-2))
+    return model
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_learns_answers_from_strings_and_records(make, causal):
+    model = compiled(make(causal=causal))
+    history = model.fit(ROWS * 4, epochs=30, batch_size=10, validation_data=(ROWS,), verbose=0).history
+    assert history["val_accuracy"][-1] == 1
+    found = model.answer([row["question"] for row in ROWS], [row["context"] for row in ROWS])
+    assert [answer["text"] for answer in found] == WANTED
+    for answer, row in zip(found, ROWS, strict=True):
+        assert row["context"][answer["start"] : answer["end"]] == answer["text"]
+        assert 0.3 < answer["score"] <= 1
+    scores = model.evaluate(ROWS, return_dict=True, verbose=0)
+    assert (scores["exact_match"], scores["f1"]) == (100, 100)
+    assert model.evaluate(ROWS, verbose=0) == pytest.approx(list(scores.values()), abs=1e-5)
+    assert model.answer("Who sat?", CAT)["text"] == "The cat"
+    assert [answer["text"] for answer in model.answer(["Who sat?", "Who slept?"], CAT)] == WANTED[:2]
+
+
+def test_columns_targets_apart_and_streams_train_alike(make):
+    class Stream(keras.utils.PyDataset):
+        def __len__(self):
+            return 5
+
+        def __getitem__(self, i):
+            return (ROWS[i : i + 1],)
+
+    losses = []
+    columns = {name: [row[name] for row in ROWS] for name in ("question", "context")}
+    for x, y in ((ROWS, None), (columns, WANTED), ({**columns, "answers": WANTED}, None)):
+        keras.utils.set_random_seed(0)
+        losses.append(compiled(make()).fit(x, y, epochs=2, batch_size=2, verbose=0).history["loss"])
+    assert losses[0] == losses[1] == losses[2]
+    model = compiled(make())
+    model.fit(Stream(), epochs=1, validation_data=Stream(), verbose=0)
+    assert set(model.evaluate(Stream(), return_dict=True, verbose=0)) == {"loss", "accuracy"}
+
+
+def test_token_ids_with_places_as_targets(make_backbone, rng):
+    """The answer is the tokens 7 to 8, wherever they stand; padding is no answer."""
+    model = keras_llama.LlamaQuestionAnswering(make_backbone(causal=False))
+    ids, places = rng.integers(10, 60, (32, 12)).astype("int32"), rng.integers(0, 8, 32)
+    mask = np.ones_like(ids)
+    mask[::2, 10:] = 0
+    for row, place in zip(ids, places, strict=True):
+        row[place : place + 2] = 7, 8
+    y = np.stack([places, places + 1], axis=1)
+    model.compile(keras.optimizers.Adam(3e-3))
+    x = {"token_ids": ids, "padding_mask": mask}
+    model.fit(x, y, epochs=12, batch_size=8, verbose=0)
+    assert model.evaluate(x, y, return_dict=True, verbose=0)["accuracy"] == 1
+    assert model.predict(x, verbose=0).shape == (32, 12, 2)
+    for wrong, message in (
+        (y[:, 0], r"int array \(32, 2\)"),
+        (y + 20, "places of real tokens"),
+        (None, "`y` must hold"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.fit(x, wrong, verbose=0)
+    with pytest.raises(ValueError, match="need a preprocessor"):
+        model.answer("Who?", "She.")
+
+
+@pytest.mark.plain
+def test_targets_are_the_answers_tokens(texts):
+    preprocessor = keras_llama.TextPreprocessor(texts, 96)
+    rows = questions(ROWS)
+    for window in windows(rows, preprocessor, 8):
+        row = rows[window.row]
+        starts, ends = span_targets(window, row.spans)
+        assert texts.decode([window.token_ids[: window.first].tolist()]) == [row.question]
+        assert not starts[: window.first].any()  # the question answers nothing
+        assert starts[-1] == ends[-1] == 1  # nor is there no answer
+        first, last = (np.flatnonzero(side == 2) - window.first for side in (starts, ends))
+        place = slice(window.offsets[first[0], 0], window.offsets[last[0], 1])
+        assert row.context[place].strip() == row.answers[0]
+
+
+@pytest.mark.plain
+def test_where_an_answer_stands():
+    twice = "red, blue, red"
+    assert questions([{"question": "?", "context": twice, "answers": "red"}])[0].spans == ((0, 3), (11, 14))
+    record = {"text": "red", "answer_start": 11}
+    assert questions([{"question": "?", "context": twice, "answers": [record, "blue"]}])[0].spans == ((11, 14), (5, 9))
+    wrong = [{"text": "red", "answer_start": 9}, {"text": "red", "answer_start": -4}]
+    with pytest.warns(UserWarning, match="2 of 2 answers do not stand where"):
+        (row,) = questions([{"question": "?", "context": twice, "answers": wrong}])
+    assert row.spans == ((11, 14), (0, 3))
+    assert row.answers == ("red",)
+
+
+BAD_ROWS = {
+    "an answer that is not in its context": (
+        {"answers": ["a lion"]},
+        r"`answers\[1\]` must stand in its context.*lion",
+    ),
+    "an empty question": ({"question": ""}, r"`question\[1\]` must not be empty"),
+    "a blank question": ({"question": " \n"}, r"`question\[1\]` must not be blank"),
+    "an empty context": ({"context": ""}, r"`context\[1\]` must not be empty"),
+    "a blank context": ({"context": "\u3000 "}, r"`context\[1\]` must not be blank"),
+    "no context": ({"context": None}, r"`context\[1\]` must be a string"),
+    "no answer": ({"answers": []}, r"`x\[1\]` must have an answer.*no_answer_threshold"),
+    "a number": ({"answers": [3]}, r"`answers\[1\]` must hold strings"),
+    "no place": ({"answers": [{"text": "A dog", "answer_start": "24"}]}, "integers as answer_start"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_refuses_bad_rows_by_their_number(make, case):
+    changes, message = BAD_ROWS[case]
+    model = compiled(make())
+    with pytest.raises(ValueError, match=message):
+        model.fit([ROWS[0], {**ROWS[1], **changes}], verbose=0)
+
+
+def test_refuses_what_is_no_question(make):
+    model = compiled(make())
+    for x, message in (
+        ([], "must be a list of"),
+        (["Who sat?"], "must be a list of"),
+        ({"question": ["Who?"]}, "must be a list of"),
+        ({"question": ["Who?"], "context": [CAT, CAT]}, "a context and answers for each question"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.fit(x, verbose=0)
+    for question, context, message in (("", CAT, "question"), ("Who?", "", "context"), (["Who?"], [], "context")):
+        with pytest.raises(ValueError, match=f"`{message}"):
+            model.answer(question, context)
+    with pytest.raises(ValueError, match="`sample_weight` must be None"):
+        model.fit(ROWS, sample_weight=np.ones(5), verbose=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stride": -1}, "`stride` must be an integer of at least 0"),
+        ({"max_answer_length": 0}, "`max_answer_length` must be an integer of at least 1"),
+        ({"no_answer_threshold": "often"}, "`no_answer_threshold` must be a number or None"),
+        ({"length": 7}, "`sequence_length` must be at least 8"),
+    ],
+)
+def test_refuses_bad_options(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("stride", [0, 3, 1000])
+@pytest.mark.parametrize("length", [8, 20, 33])
+def test_windows_hold_every_token_and_overlap(texts, length, stride):
+    row = questions([{"question": "Who sat?" * 3, "context": CAT * 3}])[0]
+    preprocessor = keras_llama.TextPreprocessor(texts, length)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = windows([row], preprocessor, stride)
+    parts = [window.offsets[:, 0].tolist() for window in found]
+    room = max(map(len, parts))
+    assert max(len(window.token_ids) for window in found) <= length
+    assert all(len(part) == room for part in parts)
+    ((_, offsets),) = texts.encode_with_offsets([row.context])
+    assert sorted({start for part in parts for start in part}) == sorted({start for start, _ in offsets})
+    for one, other in itertools.pairwise(parts):
+        shared = one.index(other[0]) if stride or other[0] in one else room
+        assert one[shared:] == other[: len(one) - shared]
+        assert len(one) - shared >= min(stride, room // 2)
+
+
+@pytest.mark.plain
+def test_a_window_that_cuts_the_answer_teaches_nothing(texts):
+    preprocessor = keras_llama.TextPreprocessor(texts, 13)
+    (row,) = questions([{"question": "Where?", "context": CAT, "answers": "under the old tree"}])
+    targets = [span_targets(window, row.spans) for window in windows([row], preprocessor, 8)]
+    none = [target is not None and bool((target[:, -1] == 2).all()) for target in targets]
+    held = [target is not None and not ends for target, ends in zip(targets, none, strict=True)]
+    assert any(none)  # of some windows the last token is the answer
+    assert any(held)
+    assert any(target is None for target in targets)
+
+
+def test_an_answer_longer_than_a_window_is_told(make):
+    model = compiled(make(length=12))
+    long = {"question": "What?", "context": CAT, "answers": [CAT]}
+    with pytest.raises(ValueError, match="must fit into a window"):
+        model.fit([long], verbose=0)
+    with warnings.catch_warnings(record=True) as caught:  # other libraries warn of themselves
+        warnings.simplefilter("always")
+        model.fit([long, ROWS[0]], verbose=0)
+        model.answer("Who sat? " * 20, CAT)
+    told = [str(warning.message) for warning in caught]
+    assert any("1 of 2 questions are left out" in message for message in told)
+    assert any("1 of 1 questions were cut to 4 tokens" in message for message in told)
+
+
+@pytest.fixture
+def pointing(make):
+    """A reader whose logits are highest at one character, wherever it stands."""
+
+    def pointing(target, **options):
+        model = make(**options)
+        for variable in model.backbone.weights:
+            if "block" in variable.path and "norm" not in variable.path:
+                variable.assign(np.zeros(variable.shape))  # hidden states are the embeddings, normalised
+        (token,) = model.preprocessor.tokenizer.encode([f"x{target}"])[0][-1:]
+        vector = keras.ops.convert_to_numpy(model.backbone.token_embedding.embeddings)[token]
+        model.get_layer("qa_outputs").kernel.assign(np.stack([vector, vector], axis=1))
+        return model
+
+    return pointing
+
+
+def test_a_context_of_100000_characters_is_read_in_windows(pointing, monkeypatch):
+    model = pointing("原", length=64)
+    shapes = []
+    call = type(model.backbone).call
+    monkeypatch.setattr(type(model.backbone), "call", lambda self, x, **o: (shapes.append(x), call(self, x, **o))[1])
+    context = (CAT * 1900)[:99_980] + "原" + "." * 19
+    answer = model.answer("Who sat?", context)
+    assert (answer["text"], answer["start"], answer["end"]) == ("原", 99_980, 99_981)
+    assert all(x["token_ids"].shape[1] in (None, 64) for x in shapes)
+
+
+@pytest.mark.plain
+def test_the_best_span_is_of_the_context(texts):
+    (row,) = questions([{"question": "The cat sat", "context": " The cat  sat on the mat"}])
+    (window,) = windows([row], keras_llama.TextPreprocessor(texts, 96), 8)
+    logits = np.zeros((len(window.token_ids), 2))
+    logits[: window.first] = 9  # question
+    logits[window.first : -1][~window.possible] = 9  # blanks
+    assert not window.possible.all()
+    before, first, last, behind = window.first + np.flatnonzero(window.possible)[[1, 2, 4, 5]]
+    logits[behind, 0] = logits[before, 1] = 5  # an end before a start
+    logits[first, 0] = logits[last, 1] = 4
+    one = best_span(window, logits, 1)
+    span = best_span(window, logits, 64)
+    assert (span.start, span.end) == (window.offsets[first - window.first, 0], window.offsets[last - window.first, 1])
+    assert one.score < span.score
+    assert one.end <= span.end
+    logits[-1] = 20
+    assert best_span(window, logits, 64).none > -1e-3
+
+
+def test_no_answer_where_its_probability_is_above_the_threshold(make):
+    rows = [*ROWS, {"question": "长江发源于哪里？", "context": CAT, "answers": []}]
+    rows.append({"question": "Who sat?", "context": RIVER, "answers": ""})
+    model = make(no_answer_threshold=0)
+    model.compile(keras.optimizers.Adam(5e-3))
+    model.fit(rows * 4, epochs=40, batch_size=14, verbose=0)
+    found = model.answer([row["question"] for row in rows], [row["context"] for row in rows])
+    assert [answer["text"] for answer in found] == [*WANTED, "", ""]
+    assert (found[-1]["start"], found[-1]["end"]) == (None, None)
+    assert found[-1]["score"] > 0.5
+    assert model.evaluate(rows, return_dict=True, verbose=0)["f1"] == 100
+    model.no_answer_threshold = 1e9
+    assert all(answer["text"] for answer in model.answer(["Who sat?"] * 2, [CAT, RIVER]))
+
+
+def test_saved_and_loaded_as_it_was(make, tmp_path):
+    options = {"stride": 7, "max_answer_length": 9, "no_answer_threshold": 1.5, "dropout": 0.1}
+    model = compiled(make(**options))
+    model.fit(ROWS, verbose=0)
+    asked = [row["question"] for row in ROWS], [row["context"] for row in ROWS]
+    expected = model.answer(*asked)
+    model.save(tmp_path / "model.keras")
+    model.save_to_preset(tmp_path / "preset")
+    for again in (
+        keras.saving.load_model(tmp_path / "model.keras"),
+        keras_llama.LlamaQuestionAnswering.from_preset(tmp_path / "preset"),
+    ):
+        assert again.answer(*asked) == expected
+        assert {name: getattr(again, name) for name in options} == options
+    fields = json.loads((tmp_path / "preset" / "config.json").read_text())
+    assert fields["architectures"] == ["LlamaForQuestionAnswering"]
+    assert fields["model_type"] == "keras_llama"  # bidirectional: no other tool knows it
+    keras.saving.load_model(tmp_path / "model.keras").fit(ROWS, verbose=0)  # compiled as before
+
+
+def test_the_head_alone_and_adapters_are_trained(make):
+    model = make()
+    model.freeze_base()
+    assert [weight.path for weight in model.trainable_weights] == ["qa_outputs/kernel", "qa_outputs/bias"]
+    compiled(model).fit(ROWS, verbose=0)
+    model.unfreeze_base()
+    model.enable_lora(rank=2)
+    before = keras.ops.convert_to_numpy(model.backbone.token_embedding.embeddings)
+    compiled(model).fit(ROWS, verbose=0)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model.backbone.token_embedding.embeddings), before)
+
+
+def test_memory_is_that_of_a_classifier(make, tokenizer):
+    model = make()
+    classifier = keras_llama.LlamaTextClassifier(model.backbone, num_classes=2)
+    found, like = (keras_llama.estimate_memory(task, 8, 64).peak for task in (model, classifier))
+    assert found == pytest.approx(like, rel=0.01)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("answer", "references", "exact", "f1"),
+    [
+        ("The Seine!", ["seine"], 100, 100),
+        ("in the river Seine", ["the Seine", "river Seine"], 0, 80),
+        ("red red", ["red"], 0, 200 / 3),
+        ("", [], 100, 100),
+        ("", "red", 0, 0),
+        ("red", [""], 0, 0),
+        ("1949年10月", ["1949年"], 0, 200 * 2 / 6),  # 1949 年 10 月 against 1949 年
+        ("《狂人日记》", ["狂人日记"], 100, 100),
+        ("上海北京", ["北京上海"], 0, 50),  # the longest run that both share, not all characters
+        ("BBC电视台", ["bbc 电视台"], 100, 100),
+    ],
+)
+def test_scores(answer, references, exact, f1):
+    assert answer_scores([answer], [references]) == pytest.approx({"exact_match": exact, "f1": f1})
+
+
+@pytest.mark.plain
+def test_scores_are_means_and_need_a_reference_each():
+    found = answer_scores(["red", "blue"], ["red", ["green"]])
+    assert found == {"exact_match": 50, "f1": 50}
+    with pytest.raises(ValueError, match="references for each answer"):
+        answer_scores(["red"], [])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options", "jit"),
+    [
+        ("texts", {}, True),
+        ("texts", {"causal": True, "stride": 0}, False),
+        ("chat_tokenizer", {"no_answer_threshold": -1.0}, False),
+    ],
+)
+def test_the_export_gives_the_same_answers(make, request, tmp_path, kind, options, jit):
+    import tensorflow as tf
+
+    model = make(length=40, tokenizer=request.getfixturevalue(kind), max_answer_length=5, **options)
+    generator = np.random.default_rng(2)
+    for variable in model.variables:
+        variable.assign(variable + generator.normal(0, 0.3, variable.shape))
+    asked = ["Who sat?", "长江发源于哪里？", "Where? " * 30, "x"], [CAT, "A cat.", CAT * 20, "\u3000x \n"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*questions were cut")
+        expected = model.answer(*asked)
+    model.export(tmp_path / "model", jit=jit)
+    served = tf.saved_model.load(str(tmp_path / "model")).signatures["serving_default"]
+    found = served(**{name: tf.constant(x) for name, x in zip(("questions", "contexts"), asked, strict=True)})
+    assert [text.decode() for text in found["texts"].numpy()] == [answer["text"] for answer in expected]
+    np.testing.assert_allclose(found["scores"], [answer["score"] for answer in expected], atol=1e-5)
+    for nothing in ([], [""]):
+        none = served(questions=tf.constant(nothing, tf.string), contexts=tf.constant(nothing, tf.string))
+        assert none["texts"].shape == len(nothing)
