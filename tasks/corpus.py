@@ -1,6 +1,7 @@
 """Text larger than memory -> memory-mapped files of token ids: read in parts, some of them held out to validate on."""
 
 import codecs
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import os
 import pathlib
 import zlib
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
@@ -124,8 +125,8 @@ class Source:
     def learned_from(self) -> list[str]:
         """Training texts to learn a vocabulary from: all of them, or some from everywhere."""
         share = LEARNED_FROM / max(1, sum(path.stat().st_size for path in self.train))
-        read = (text for side, text, _ in self.read() if not side)
-        found = [text for text in read if share >= 1 or _chance("vocabulary" + text) < share]
+        drawn = np.random.default_rng(0)
+        found = [text for side, text, _ in self.read() if not side and drawn.random() < share]
         if not found:
             raise DataError("--data: expected text to train on. Received: blank lines, or all of it is held out.")
         return found
@@ -146,10 +147,9 @@ def _chance(text: str) -> float:
 class _Writer:
     """Appends token ids to the file of one side, and where each text starts to another."""
 
-    def __init__(self, folder: pathlib.Path, name: str, dtype: type):
-        self.dtype, self.digest = dtype, hashlib.sha256()
+    def __init__(self, tokens: IO[bytes], starts: IO[bytes], dtype: type):
+        self.tokens, self.starts, self.dtype, self.digest = tokens, starts, dtype, hashlib.sha256()
         self.counts = {"tokens": 0, "texts": 0, "bytes": 0, "characters": 0}
-        self.tokens, self.starts = ((folder / f"{name}.{kind}").open("wb") for kind in ("tokens", "starts"))
 
     def begin(self, bos: list[int]) -> None:
         self.starts.write(np.int64(self.counts["tokens"]).tobytes())
@@ -163,25 +163,44 @@ class _Writer:
         for name, count in (("tokens", len(ids)), ("bytes", len(text.encode())), ("characters", len(text))):
             self.counts[name] += count
 
-    def close(self) -> dict[str, Any]:
-        self.tokens.close()
-        self.starts.close()
+    @property
+    def told(self) -> dict[str, Any]:
         return {**self.counts, "dtype": self.dtype.__name__, "digest": self.digest.hexdigest()}
 
 
 def write(source: Source, preprocessor: Any, folder: pathlib.Path) -> None:
-    """Tokenizes all of it into `folder`, beside and then renamed: the files of both sides, and `corpus.json`.
+    """Tokenizes all of it into `folder`, beside and then renamed: the files of both sides, and `corpus.json`."""
+    from keras_llama.beside import folder_beside
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder_beside(folder) as unfinished:
+        found = _tokenized(source, preprocessor, unfinished)
+        texts = [found[name]["texts"] for name in SIDES]
+        if not texts[0] or not (texts[1] or (source.share == 0 and not source.validation)):
+            raise DataError(
+                f"Expected text to train on and to validate. Received: {texts[0]} texts to train on and {texts[1]} to "
+                "validate. Pass --test-data, or another --validation-share."
+            )
+        (unfinished / _TOKENIZER).mkdir()
+        preprocessor.tokenizer.save_assets(str(unfinished / _TOKENIZER))
+        (unfinished / _TOLD).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        os.replace(unfinished, folder)
+
+
+def _tokenized(source: Source, preprocessor: Any, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
+    """Writes the token ids of both sides, and says what there is of each.
 
     A text begins and ends with the tokenizer's special tokens. What follows a part that is held out begins anew.
     """
-    from keras_llama.beside import folder_beside
-
     tokenizer, last = preprocessor.tokenizer, None
     bos = [tokenizer.bos_id] if preprocessor.add_bos and tokenizer.bos_id >= 0 else []
     dtype = np.uint16 if tokenizer.vocabulary_size <= 2**16 else np.uint32
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder_beside(folder) as unfinished:
-        sides = [_Writer(unfinished, name, dtype) for name in SIDES]
+    with contextlib.ExitStack() as files:
+        tokens, starts = (
+            [files.enter_context((folder / f"{name}.{kind}").open("wb")) for name in SIDES]
+            for kind in ("tokens", "starts")
+        )
+        sides = [_Writer(*pair, dtype) for pair in zip(tokens, starts, strict=True)]
         for side, text, begins in source.read():
             if begins and last:
                 last.write(preprocessor.end)
@@ -191,17 +210,7 @@ def write(source: Source, preprocessor: Any, folder: pathlib.Path) -> None:
             last.write(tokenizer.encode([text])[0], text)
         if last:
             last.write(preprocessor.end)
-        found = {name: side.close() for name, side in zip(SIDES, sides, strict=True)}
-        wanted = SIDES if source.validation or source.share else SIDES[:1]
-        if missing := [name for name in wanted if not found[name]["texts"]]:
-            raise DataError(
-                f"Expected text for {' and '.join(missing)}. Received: {found['train']['texts']} texts to train on and "
-                f"{found['validation']['texts']} to validate. Pass --test-data, or another --validation-share."
-            )
-        (unfinished / _TOKENIZER).mkdir()
-        tokenizer.save_assets(str(unfinished / _TOKENIZER))
-        (unfinished / _TOLD).write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        os.replace(unfinished, folder)
+        return {name: side.told for name, side in zip(SIDES, sides, strict=True)}
 
 
 class Side(NamedTuple):

@@ -198,7 +198,7 @@ BAD_FILES = {
     "binary": ("t.txt", b"\x89PNG\r\n\x1a\n\x00\x00", "t.txt:1: expected UTF-8"),
     "half a character": ("t.txt", "很".encode()[:2], "t.txt:1: expected UTF-8"),
     "one text": ("t.txt", b"a good film", "to train on"),
-    "two texts": ("t.txt", b"one\n<|endoftext|>\nthree", "Expected text for validation. Received: 2 texts to train on"),
+    "two texts": ("t.txt", b"one\n<|endoftext|>\nthree", "2 texts to train on and 0 to validate"),
     "no JSON": ("t.jsonl", b'{"text": "a"}\n{oops\n', "t.jsonl:2: expected a JSON object"),
     "another field": ("t.jsonl", b'{"story": "a"}\n', "t.jsonl:1: expected an object with text. Received: ['story']"),
     "a number": ("t.jsonl", b"3\n", "t.jsonl:1: expected an object with text. Received: 3"),
@@ -276,6 +276,17 @@ def test_equal_texts_are_on_one_side_and_a_text_goes_on_where_none_of_it_is_held
     assert int((train.tokens == end).sum() + (validation.tokens == end).sum()) == 2
     words = [chat_tokenizer.decode([side.tokens.tolist()])[0] for side in (train, validation)]
     assert words == ["".join(text for side, text, _ in read if side == wanted) for wanted in (0, 1)]
+
+
+@pytest.mark.plain
+def test_a_vocabulary_is_learned_from_a_part_of_much_text(stories, monkeypatch):
+    known = [text for side, text, _ in source(stories).read() if not side]
+    assert source(stories).learned_from() == known
+    monkeypatch.setattr(corpus, "LEARNED_FROM", stories.stat().st_size // 4)
+    some = source(stories).learned_from()
+    assert len(known) / 8 < len(some) < len(known) / 2
+    assert set(some) < set(known)
+    assert source(stories).learned_from() == some
 
 
 @pytest.mark.plain
