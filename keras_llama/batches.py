@@ -99,7 +99,8 @@ class Batches(_Epochs):
 class StreamedBatches(_Epochs):
     """A user's `PyDataset` of (inputs, targets[, sample weights]), made ready batch by batch.
 
-    With `shuffle_seed`, each epoch draws a new order of the batches.
+    With `shuffle_seed`, each epoch draws a new order of the batches. A source that has other batches in each epoch
+    says so by a method `start(epoch)`, and one that can tell its data from others by `digest()`.
 
     Args:
         prepare: (inputs, targets, sample weights, cut=counter) -> batch; counts what truncation cut off.
@@ -136,9 +137,13 @@ class StreamedBatches(_Epochs):
         if self.epoch and self.cut:
             self.warn_of_cut(sum(self.cut.values(), Counter()))
             self.warn_of_cut = lambda cut: None  # once is enough
+        if hasattr(self.source, "start"):
+            self.source.start(self.epoch)
 
     def digest(self):
         """Tells these batches from others by their number and the first one: there may be more than fit into memory."""
+        if hasattr(self.source, "digest"):
+            return f"{len(self)} batches: {self.source.digest()}"
         return _digest(len(self), [self.prepare(*_parts(self.source[0]), cut=Counter())])
 
 

@@ -68,7 +68,7 @@ def pretrain(args, models, texts, more):
     preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length, add_eos=True)
     lm = keras_llama.LlamaCausalLM(backbone(args, models[0].preprocessor, texts, causal=True), preprocessor)
     lm.compile(**common.compile_options(lm, args, len(texts + more), args.pretrain_epochs))
-    resumed(args, lm, "pretraining", texts + more, batch_size=args.batch_size, epochs=args.pretrain_epochs)
+    common.fit(args, lm, "pretraining", texts + more, batch_size=args.batch_size, epochs=args.pretrain_epochs)
     learned = {weight.path: keras.ops.convert_to_numpy(weight) for weight in lm.backbone.weights}
     for weight in (weight for model in models for weight in model.backbone.weights):
         weight.assign(learned[weight.path])
@@ -135,23 +135,13 @@ def train(args, model, rows, validation, number=0):
         options["callbacks"] = callbacks + profile
         if args.trainable == "head":
             return model.fit_head(texts, labels, **options).history
-        return resumed(args, model, f"classifier_{number}", texts, labels, **options).history
+        return common.fit(args, model, f"classifier_{number}", texts, labels, **options).history
 
 
 def _columns(rows):
     """The texts and the labels of rows, or their vectors and labels."""
     texts, labels, _ = zip(*rows, strict=True)
     return (texts if isinstance(texts[0], str) else np.stack(texts)), labels
-
-
-def resumed(args, model, name, *data, **options):
-    """`fit` that keeps its state in a directory of --resume, and goes on from what is there."""
-    if not args.resume:
-        return model.fit(*data, **options)
-    try:
-        return model.fit(*data, resume=pathlib.Path(args.resume, name), **options)
-    except ValueError as error:
-        raise common.DataError(f"--resume {args.resume}: {error}") from error
 
 
 def balanced(labels):

@@ -24,11 +24,11 @@ class DataError(ValueError):
     """Bad data or a bad argument; a recipe prints it and leaves with exit code 2."""
 
 
-def parser(task: str, description: str, **defaults: Any) -> argparse.ArgumentParser:
-    """The flags that every recipe takes."""
+def parser(task: str, description: str, files: str | None = None, **defaults: Any) -> argparse.ArgumentParser:
+    """The flags that every recipe takes; with `files="+"` data may be several files."""
     flags = argparse.ArgumentParser(prog=f"python -m tasks.{task}", description=description)
-    flags.add_argument("--data", help="training data; see the formats in docs/tasks.md")
-    flags.add_argument("--test-data", help="test data; without it, a share of the data by distinct text")
+    flags.add_argument("--data", nargs=files, help="training data; see the formats in docs/tasks.md")
+    flags.add_argument("--test-data", nargs=files, help="test data; without it, a share of the data by distinct text")
     flags.add_argument("--preset", help="start from a saved .keras model or a checkpoint instead of from scratch")
     flags.add_argument("--trainable", choices=TRAINABLE, default=TRAINABLE[0], help="of --preset; docs/tasks.md")
     flags.add_argument("--lora-rank", type=positive, default=8)
@@ -205,6 +205,16 @@ def profiled(args: argparse.Namespace, number: int = 0) -> contextlib.AbstractCo
     return profiling.profiled(pathlib.Path(args.output_dir, "profile"))
 
 
+def fit(args: argparse.Namespace, model: Any, name: str, *data: Any, **options: Any) -> Any:
+    """`fit` that keeps its state in the directory `name` of --resume, and goes on from what is there."""
+    if not args.resume:
+        return model.fit(*data, **options)
+    try:
+        return model.fit(*data, resume=pathlib.Path(args.resume, name), **options)
+    except ValueError as error:
+        raise DataError(f"--resume {args.resume}: {error}") from error
+
+
 def choose_trainable(model: Any, args: argparse.Namespace) -> None:
     """What of the model of --preset is trained, as --trainable says."""
     if args.trainable != "all" and not args.preset:
@@ -228,6 +238,18 @@ def deliver_adapter(model: Any, output: pathlib.Path) -> None:
     if model.adapters:
         keras_llama.save_checkpoint(model, output / "adapter", format="peft", overwrite=True)
         print(f"{output / 'adapter'}: the adapter alone, for `load_adapter` and PEFT")
+
+
+def deliver_preset(lm: Any, output: pathlib.Path) -> None:
+    """Saves the folder that other tools read, too; they know no quantised base with an adapter beside it."""
+    deliver_adapter(lm, output)
+    if lm.quantized:
+        lm.save(output / "model.keras")
+        return
+    if lm.adapters:
+        lm.merge_lora()
+    lm.save_to_preset(output / "preset", overwrite=True)
+    print(f"{output / 'preset'}: saved for `from_preset`, Transformers and `keras-llama convert`")
 
 
 def deliver_classifier(model: Any, output: pathlib.Path, sentences: list[str]) -> None:

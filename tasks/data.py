@@ -5,10 +5,10 @@ import importlib.util
 import itertools
 import json
 import pathlib
-import re
 from collections.abc import Iterator
 from typing import Any
 
+from tasks import records
 from tasks.common import DataError
 
 
@@ -132,14 +132,19 @@ def _json_pair(place: str, line: str) -> tuple[Any, Any]:
         raise DataError(f"{place}: expected a JSON object with source and target ({error!r}).") from error
 
 
-def generation_rows(path: str) -> list[tuple[str, Any]]:
+def generation_rows(path: str, template: str | None = None) -> list[tuple[str, Any]]:
     """(text to tell rows apart by, row for `fit`) of a file of texts or of conversations.
 
     Text files: texts apart by `<|endoftext|>` lines, else by empty lines. JSONL: objects with `text`,
-    with `prompt` and `response`, or with `messages`; all lines of one kind.
+    with `prompt` and `response`, or with `messages`; all lines of one kind. With a template, and of a JSON list:
+    objects that it makes a text of.
     """
+    ending = pathlib.Path(path).suffix.lower()
+    if ending == ".json" or (template and ending == ".jsonl"):
+        found = (text for text, _ in records.texts(pathlib.Path(path), template or records.TEMPLATE))
+        return _some(path, [(text, text) for text in found])
     lines = _lines(path)
-    if pathlib.Path(path).suffix.lower() == ".jsonl":
+    if ending == ".jsonl":
         rows = [_generation_row(path, number, line) for number, line in enumerate(lines, 1)]
         if len({type(row) is str for _, row in rows}) > 1:
             raise DataError(f"{path}: expected lines of one kind, texts or conversations.")
@@ -148,6 +153,10 @@ def generation_rows(path: str) -> list[tuple[str, Any]]:
         groups = itertools.groupby(lines, key=lambda line: line.strip() == mark)
         texts = ["\n".join(group).strip() for ends, group in groups if not ends]
         rows = [(text, text) for text in texts if text]
+    return _some(path, rows)
+
+
+def _some(path: str, rows: list) -> list:
     if not rows:
         raise DataError(f"{path}: expected at least one text. Received: an empty file.")
     return rows
@@ -176,13 +185,7 @@ def text_lines(path: str) -> list[str]:
     lines = [(number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
     if not lines:
         raise DataError(f"{path}: expected at least one line of text. Received: an empty file.")
-    for number, line in lines:
-        if found := _BINARY.search(line):
-            raise DataError(f"{path}:{number}: expected text. Received: the control character {found[0]!r}.")
-    return [line for _, line in lines]
-
-
-_BINARY = re.compile(r"[\x00-\x08\x0e-\x1f]")
+    return [records.printable(line, f"{path}:{number}") for number, line in lines]
 
 
 def interface_rows() -> list[tuple[str, str, str]]:

@@ -3,6 +3,7 @@
     python -m tasks.generation --prompt "The capital of France is"
     python -m tasks.generation --chat --prompt "What is gravity?" --temperature 0.7 --seed 1
     python -m tasks.generation --data stories.txt --size small --epochs 3 --prompt "Once upon a time"
+    python -m tasks.generation --preset saved_models/poems/preset --template "{title}\\n{content}" --prompt 春晓
     python -m tasks.generation --data answers.jsonl --preset smollm2_135m_instruct --trainable lora --chat --prompt "Hi"
 
 Without --data the model is --preset, by default SmolLM2-135M-Instruct. With --data it is trained first,
@@ -15,15 +16,16 @@ import itertools
 import pathlib
 import time
 
-from tasks import common, data, memory, plots
+from tasks import common, data, memory, plots, records
 
 PRESET = "smollm2_135m_instruct"
 
 
 def load(args):
     """Training, validation and test rows of --data."""
-    rows = data.generation_rows(args.data)
-    train, test = (rows, data.generation_rows(args.test_data)) if args.test_data else common.split(rows, 0.1)
+    rows = data.generation_rows(args.data, args.template)
+    test = data.generation_rows(args.test_data, args.template) if args.test_data else []
+    train, test = (rows, test) if test else common.split(rows, 0.1)
     train, validation = common.split(train, args.validation_share)
     train, validation, test = (common.sample(part, args.limit) for part in (train, validation, test))
     if not (train and test and (validation or not args.validation_share)):
@@ -80,8 +82,7 @@ def train(lm, args, rows, validation, test):
     output = pathlib.Path(args.output_dir)
     plots.training(output / "training.png", history)
     perplexity = lm.evaluate(test, batch_size=args.batch_size, return_dict=True)["perplexity"]
-    common.deliver_adapter(lm, output)
-    deliver(lm, output)
+    common.deliver_preset(lm, output)
     return {
         "rows": {"train": len(rows), "validation": len(validation), "test": len(test)},
         "train_seconds": round(seconds, 1),
@@ -90,20 +91,10 @@ def train(lm, args, rows, validation, test):
     }
 
 
-def deliver(lm, output):
-    """Saves the folder that other tools read, too; they know no quantised base with an adapter beside it."""
-    if lm.quantized:
-        lm.save(output / "model.keras")
-        return
-    if lm.adapters:
-        lm.merge_lora()
-    lm.save_to_preset(output / "preset", overwrite=True)
-    print(f"{output / 'preset'}: saved for `from_preset`, Transformers and `keras-llama convert`")
-
-
 def prompts_of(args):
-    """The prompts of --prompt and --prompts; every one of them is answered."""
-    return [*args.prompt, *(data.text_lines(args.prompts) if args.prompts else [])]
+    """The prompts of --prompt and --prompts, with --template values of its first field; each of them is answered."""
+    found = [*args.prompt, *(data.text_lines(args.prompts) if args.prompts else [])]
+    return [records.opening(args.template, prompt) for prompt in found] if args.template else found
 
 
 def answers(lm, args, prompts):
@@ -141,6 +132,7 @@ def main(arguments=None):
     flags = common.parser("generation", __doc__, size="small", epochs=3, batch_size=16, learning_rate=1e-3)
     flags.add_argument("--prompt", action="append", default=[], help="a text to continue; may be repeated")
     flags.add_argument("--prompts", help="a file of prompts, one a line")
+    flags.add_argument("--template", help='a text of the fields of .json and .jsonl files, as "{title}\\n{content}"')
     flags.add_argument("--dtype", help="without --data: of the weights; default: what they were saved in")
     flags.add_argument("--vocabulary-size", type=common.positive, default=4000)
     flags.add_argument("--sequence-length", type=common.positive, default=512, help="tokens; longer texts are cut")

@@ -34,7 +34,8 @@ def training(path: str | os.PathLike, history: dict[str, Sequence[float]]) -> No
         frame.plot(epochs, history[name], marker="o", label="training")
         if f"val_{name}" in history:
             frame.plot(epochs, history[f"val_{name}"], marker="o", label="validation")
-        frame.set(xlabel="epoch", title=name, xticks=list(epochs))
+        frame.set(xlabel="epoch", title=name)
+        frame.xaxis.get_major_locator().set_params(integer=True)
         frame.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -43,7 +43,7 @@ def pretrain(args, reader, texts):
     config = {**reader.backbone.get_config(), "causal": True, "name": "language_model"}
     lm = keras_llama.LlamaCausalLM(keras_llama.LlamaBackbone.from_config(config), reader.preprocessor)
     lm.compile(**common.compile_options(lm, args, len(texts), args.pretrain_epochs))
-    classifiers.resumed(args, lm, "pretraining", texts, batch_size=args.batch_size, epochs=args.pretrain_epochs)
+    common.fit(args, lm, "pretraining", texts, batch_size=args.batch_size, epochs=args.pretrain_epochs)
     for learned, weight in zip(lm.backbone.weights, reader.backbone.weights, strict=True):
         backend.copy(learned, weight)
 
@@ -58,12 +58,12 @@ def train(model, args, rows, validation):
     if args.cloze:
         made = cloze.questions(list(dict.fromkeys(row.context for row in rows)), args.cloze, args.seed)
         model.compile(**common.compile_options(model, args, len(model.encode(made)["token_ids"]), 1))
-        classifiers.resumed(args, model, "cloze", made, batch_size=args.batch_size)
+        common.fit(args, model, "cloze", made, batch_size=args.batch_size)
     model.compile(**common.compile_options(model, args, len(model.encode(data)["token_ids"])))
     best = keras.callbacks.EarlyStopping("val_loss", patience=args.patience, restore_best_weights=True)
     options = {"batch_size": args.batch_size, "epochs": args.epochs, "validation_data": (held,)}
     with common.profiled(args) as profile:
-        return classifiers.resumed(args, model, "reader", data, callbacks=[best, *profile], **options).history
+        return common.fit(args, model, "reader", data, callbacks=[best, *profile], **options).history
 
 
 def fit_arguments(model, args, rows):

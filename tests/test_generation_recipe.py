@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_llama
-from tasks import data, generation
+from tasks import common, data, generation, records
 
 STORIES = ["a good film it is", "the ball is round\nand red", "we saw the good film", "很好的电影", "a red ball"] * 12
 FAST = ["--size", "tiny", "--vocabulary-size", "310", "--sequence-length", "24", "--batch-size", "8", "--epochs", "1"]
@@ -102,14 +102,14 @@ def test_preview_shows_what_is_learned_and_trains_nothing(dialogues, chat_lm, tm
 def test_the_schedule_ends_with_the_training(dialogues, chat_lm, tmp_path, packing, monkeypatch):
     """Packed rows are fewer, and so are the steps."""
     steps = []
-    deliver = generation.deliver
+    deliver = common.deliver_preset
 
     def watched(lm, output):
         steps.append(int(keras.ops.convert_to_numpy(lm.optimizer.iterations)))
         assert lm.optimizer.get_config()["learning_rate"]["config"]["decay_steps"] == steps[0]
         deliver(lm, output)
 
-    monkeypatch.setattr(generation, "deliver", watched)
+    monkeypatch.setattr(common, "deliver_preset", watched)
     chat_lm.save_to_preset(tmp_path / "preset")
     flags = ["--data", dialogues, "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out"]
     flags += ["--sequence-length", "96", "--batch-size", "4", "--epochs", "2", "--learning-rate", "0.001"]
@@ -185,6 +185,22 @@ def test_formats(tmp_path):
     assert [found for _, found in data.generation_rows(chats)] == [row]
 
 
+def test_texts_by_a_template(tmp_path):
+    template = r"《{title}》\n{content}"
+    listed, lines = tmp_path / "a.json", tmp_path / "b.jsonl"
+    rows = [
+        {"title": "春晓", "author": "孟浩然", "content": ["春眠不觉晓，", "处处闻啼鸟。"]},
+        {"title": 7, "content": "a"},
+    ]
+    listed.write_text(json.dumps(rows), encoding="utf-8")
+    lines.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    texts = ["《春晓》\n春眠不觉晓，\n处处闻啼鸟。", "《7》\na"]
+    for path in (listed, lines):
+        assert data.generation_rows(path, template) == [(text, text) for text in texts]
+    assert records.opening(template, "春晓") == "《春晓》\n"
+    assert records.opening("{text}", "春") == records.opening("{text}!", "春") == "春"
+
+
 def refused(capsys, *arguments):
     """What the recipe prints when it refuses; it must leave with 2, before any training."""
     started = time.perf_counter()
@@ -206,6 +222,9 @@ BAD_FILES = {
     "two kinds": ("t.jsonl", b'{"text": "a"}\n{"prompt": "a", "response": "b"}\n', "lines of one kind"),
     "no UTF-8": ("t.txt", b"good\n\n\xff\xfe\n", "t.txt:3: expected UTF-8"),
     "an empty file": ("t.txt", b"\n\n", "t.txt: expected at least one text"),
+    "no list of objects": ("t.json", b'{"text": "a"}', "t.json: expected a list of JSON objects"),
+    "an empty list": ("t.json", b"[]", "t.json: expected at least one text"),
+    "a list of lists": ("t.json", b"[[1]]", "t.json:1: expected an object with text"),
     "too few texts": ("t.txt", b"one\n\ntwo\n", "Expected texts to train, validate and test on"),
 }
 
