@@ -16,7 +16,7 @@ from keras_llama.layers import embedding_initializer, kernel_initializer, regist
 
 
 def convolutional_encoder(image_size: int = 64, widths: Sequence[int] = (32, 64, 128, 128), name="image_encoder"):
-    """n convolutions of stride 2, each halving the map: (B, h, w, 3) -> (B, h / 2**n, w / 2**n, C).
+    """n convolutions of stride 2 with batch normalisation: (B, h, w, 3) -> (B, h / 2**n, w / 2**n, C).
 
     Args:
         image_size: h and w, a multiple of 2**n.
@@ -31,11 +31,11 @@ def convolutional_encoder(image_size: int = 64, widths: Sequence[int] = (32, 64,
     if image_size % 2 ** len(widths):
         raise invalid(f"`image_size` must be a multiple of {2 ** len(widths)}.", image_size=image_size)
     layers: list = [keras.Input((image_size, image_size, 3)), keras.layers.Rescaling(1 / 127.5, -1)]
-    for width in widths:
+    for i, width in enumerate(widths):
         layers += [
-            keras.layers.Conv2D(width, 3, strides=2, padding="same", use_bias=False),
-            keras.layers.GroupNormalization(groups=1),
-            keras.layers.Activation("silu"),
+            keras.layers.Conv2D(width, 3 if i else 5, strides=2, padding="same", use_bias=False),
+            keras.layers.BatchNormalization(momentum=0.9),  # Keras' 0.99 is for trainings of many thousand steps
+            keras.layers.Activation("relu"),
         ]
     return keras.Sequential(layers, name=name)
 

@@ -1,6 +1,7 @@
 """Asks an exported model as a server would, without Keras: JSON list of texts in, JSON answers out.
 
 python tasks/serve.py saved_models/classification/saved_model < texts.json
+python tasks/serve.py saved_models/captioning/saved_model --files < paths.json
 """
 
 import importlib
@@ -16,7 +17,10 @@ def main() -> None:
     for name in needed:
         importlib.import_module(name)
     model = tf.saved_model.load(sys.argv[1])
-    answer = model.signatures["serving_default"](tf.constant(json.load(sys.stdin)))
+    asked = json.load(sys.stdin)
+    if "--files" in sys.argv:
+        asked = [pathlib.Path(path).read_bytes() for path in asked]
+    answer = model.signatures["serving_default"](tf.constant(asked))
     loaded = ({"keras_llama", "keras_hub", "tensorflow_text"} & set(sys.modules)) - set(needed)
     if loaded:
         raise RuntimeError(f"Serving must not need {sorted(loaded)}.")

@@ -59,7 +59,7 @@ class LlamaImageCaptioner(ConditionedModel):
     >>> captioner = keras_llama.LlamaImageCaptioner(backbone, encoder, keras_llama.TextPreprocessor(tokenizer, 16))
     >>> captioner.compile()
     >>> images = np.stack([np.full((16, 16, 3), value, "uint8") for value in (20, 230)] * 8)
-    >>> history = captioner.fit(images, ["dark", "bright"] * 8, epochs=20, verbose=0)
+    >>> history = captioner.fit(images, ["dark", "bright"] * 8, batch_size=4, epochs=20, verbose=0)
     >>> captioner.generate(images[:2])
     ['dark', 'bright']
     """
