@@ -11,9 +11,11 @@ from keras_llama.config import LlamaConfig, LlamaSeq2SeqConfig, size
 from keras_llama.factory import create_llama_model
 from keras_llama.heads.causal_lm import LlamaCausalLM
 from keras_llama.heads.ensemble import LlamaClassifierEnsemble
+from keras_llama.heads.image_captioner import LlamaImageCaptioner
 from keras_llama.heads.question_answering import LlamaQuestionAnswering
 from keras_llama.heads.seq2seq_lm import LlamaSeq2SeqLM
 from keras_llama.heads.text_classifier import LlamaTextClassifier
+from keras_llama.image_encoders import convolutional_encoder, vit_encoder
 from keras_llama.layers import (
     LlamaAttention,
     LlamaBlock,
@@ -41,6 +43,7 @@ __all__ = [
     "LlamaClassifierEnsemble",
     "LlamaConfig",
     "LlamaCrossAttention",
+    "LlamaImageCaptioner",
     "LlamaMLP",
     "LlamaMemoryMask",
     "LlamaPositions",
@@ -58,10 +61,12 @@ __all__ = [
     "TokenCrossentropy",
     "TranslationScores",
     "answer_scores",
+    "convolutional_encoder",
     "create_llama_model",
     "estimate_memory",
     "save_checkpoint",
     "set_memory_growth",
     "size",
     "translation_scores",
+    "vit_encoder",
 ]

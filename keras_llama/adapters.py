@@ -28,6 +28,11 @@ class Adaptable(Quantizable):
     base: str
 
     @property
+    def text_weights(self):
+        """The weights that a checkpoint names and an adapter's training freezes: all, unless a head reads images."""
+        return self.weights
+
+    @property
     def active_adapter(self) -> str | None:
         """The name of the adapter in use."""
         return self.backbone.active_adapter
@@ -228,7 +233,7 @@ class Adaptable(Quantizable):
 
     def _train_only(self, weights):
         chosen = {id(weight) for weight in weights}
-        for weight in self.weights:  # whole numbers, such as a list of n-grams, are never trained
+        for weight in self.text_weights:  # whole numbers, such as a list of n-grams, are never trained
             weight.trainable = id(weight) in chosen and keras.backend.is_float_dtype(weight.dtype)
         self.base_frozen = False
         self.forget_functions()

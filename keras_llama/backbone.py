@@ -76,9 +76,9 @@ class Stack:
                 epsilon=config.layer_norm_epsilon, dtype=dtype, name=f"{prefix}final_norm"
             )
 
-    def run(self, token_ids, padding_mask, cache=None, index=0, memory=None, memory_mask=None):
+    def run(self, token_ids, padding_mask, cache=None, index=0, memory=None, memory_mask=None, embeddings=None):
         """Hidden states (B, T, D) and a (key, value) pair per block; `memory` is one for all blocks or one for each."""
-        x = self.embedding_dropout(self.token_embedding(token_ids))
+        x = self.embedding_dropout(self.token_embedding(token_ids) if embeddings is None else embeddings)
         if self.ngram_embedding is not None:
             x += self.ngram_embedding(token_ids, padding_mask)
         cos, sin, mask = self.positions(token_ids, padding_mask, index=index)
@@ -204,7 +204,7 @@ class LlamaBackbone(Backbone):
         options = {"name": name, "trainable": trainable, "remat": remat}
         super().__init__(inputs, hidden, config=checked, stack=stack, policy=policy, **options)
 
-    def decode(self, token_ids, padding_mask, cache=None, index=0):
+    def decode(self, token_ids, padding_mask, cache=None, index=0, embeddings=None):
         """Runs the blocks with or without a cache: a full forward, a prefill, or a step.
 
         Args:
@@ -212,6 +212,7 @@ class LlamaBackbone(Backbone):
             padding_mask: int (B, S), a column per key: S is T without a cache, its length with one.
             cache: `None`, or what `cache.make` or an earlier call returned.
             index: first column that `token_ids` stand at; int or scalar tensor.
+            embeddings: (B, T, D), what the blocks read instead of the embeddings of `token_ids`.
 
         Returns:
             Hidden states (B, T, D) after the final norm, and a (key, value) pair per block.
@@ -228,7 +229,7 @@ class LlamaBackbone(Backbone):
                 number = self.config.num_ngrams
                 raise invalid("`cache` needs a backbone without n-grams.", "Run the whole text.", num_ngrams=number)
             check_cache(cache, token_ids, padding_mask, index)
-        return self._stack.run(token_ids, padding_mask, cache, index)
+        return self._stack.run(token_ids, padding_mask, cache, index, embeddings=embeddings)
 
     @classmethod
     def from_preset(cls, preset, dtype=None):

@@ -21,11 +21,16 @@ def longer_side(*sides: Sequence[Sequence[int]]) -> np.ndarray:
 
 
 class _Epochs(keras.utils.PyDataset):
-    """A `PyDataset` that counts the epochs read to their end; Keras also ends one after a first look at the data."""
+    """A `PyDataset` that counts the epochs read to their end; Keras also ends one after a first look at the data.
+
+    `augment`, if there is one, changes each batch that is read: (batch, integers to draw from) -> batch.
+    """
+
+    shuffle_seed: int | None
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
-        self.epoch, self._at_end = 0, False
+        self.epoch, self._at_end, self.augment = 0, False, None
 
     def start(self, epoch):
         """Begins with this epoch's order."""
@@ -34,7 +39,8 @@ class _Epochs(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         self._at_end = index == len(self) - 1
-        return self.batch(index)
+        batch = self.batch(index)
+        return batch if self.augment is None else self.augment(batch, [self.shuffle_seed or 0, self.epoch, index])
 
     def on_epoch_end(self):
         if self._at_end:

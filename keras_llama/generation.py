@@ -53,6 +53,7 @@ class TokenLoop:
         dtype: of the cache.
         groups: the layers that a step reads, as `KernelCopies` takes them.
         by_compiler: says whether torch compiles a step (`backend.Flattened`).
+        start: what runs the prompts, as `step` at index 0 would, where they hold more than tokens; else `step` does.
     """
 
     def __init__(
@@ -63,8 +64,10 @@ class TokenLoop:
         dtype: str,
         groups: Sequence[tuple],
         by_compiler: Callable[[], bool],
+        start: Callable | None = None,
     ):
         self.step, self.config, self.dtype = step, config, dtype
+        self.start = start or step
         self._kernels = KernelCopies(groups, variables)
         self._next_step = backend.Flattened(self._step_by_copies, variables, by_compiler)
         # A prompt is few large products, which XLA would compile anew for each bucket and run no faster on a CPU; a
@@ -196,7 +199,7 @@ class TokenLoop:
         """Logits of the first new token (B, V), and the cache, from prompts (B, T) and mask (B, S)."""
         rows, columns = ops.shape(mask)
         cache = kv_cache.make(self.config, rows, columns, self.dtype)
-        return self.step(prompts, mask, cache, 0, *context)
+        return self.start(prompts, mask, cache, 0, *context)
 
     def _prefill_and_choose(self, prompts, mask, seen, context, settings, stops, uniforms):
         logits, cache = self._prefill(prompts, mask, context)

@@ -5,6 +5,8 @@ import math
 import re
 from collections import Counter
 
+import numpy as np
+
 
 def nearest_translations(train_rows, sources):
     """For each source the target of the training row whose source is most alike: TF-IDF of character 1-4-grams."""
@@ -76,3 +78,28 @@ def linear_labels(train_rows, asked):
     floor = make_pipeline(vectorizer, LinearSVC(C=0.5))
     floor.fit(texts, [label for _, label, _ in train_rows])
     return floor.predict(asked).tolist()
+
+
+def most_frequent_caption(captions):
+    """The caption that training images have most often, the first of them if several do."""
+    return Counter(captions).most_common(1)[0][0]
+
+
+def nearest_captions(images, captions, asked):
+    """For each asked image the caption of the training image of the most like colours.
+
+    That is the smallest difference, summed, between histograms of 8 x 8 x 8 colours.
+
+    Args:
+        images, asked: uint8 (B, h, w, 3), of one size.
+        captions: one of each of `images`.
+    """
+    known = _histograms(images)
+    nearest = [int(np.abs(known - histogram).sum(axis=1).argmin()) for histogram in _histograms(asked)]
+    return [captions[i] for i in nearest]
+
+
+def _histograms(images):
+    """Shares of 512 colours (B, 512)."""
+    codes = (images >> 5).astype("int32") @ np.array([64, 8, 1], "int32")
+    return np.stack([np.bincount(row.ravel(), minlength=512) for row in codes]) / codes[0].size

@@ -280,20 +280,23 @@ def _difference(model: Any, logits: np.ndarray, probabilities: Any) -> float:
     return float(np.abs(found - expected).max())
 
 
-def exported(model: Any, directory: pathlib.Path, texts: list[str] | dict[str, list[str]]) -> dict[str, Any] | None:
+Asked = list[str] | dict[str, list[str]]  # texts, by name where a model takes more than one
+
+
+def exported(model: Any, directory: pathlib.Path, texts: Asked, *options: str) -> dict[str, Any] | None:
     """What a fresh process gets from the exported model; `None`, told why, for a vocabulary no graph holds."""
     try:
         model.export(directory, overwrite=True)
     except ValueError as error:
         print(f"No SavedModel: {error}")
         return None
-    return serve(directory, texts)
+    return serve(directory, texts, *options)
 
 
-def serve(directory: str | os.PathLike, texts: list[str] | dict[str, list[str]]) -> dict[str, Any]:
-    """What a fresh process, with TensorFlow only, gets from an exported model; `texts` by name where it takes more."""
+def serve(directory: str | os.PathLike, texts: Asked, *options: str) -> dict[str, Any]:
+    """What a fresh process, with TensorFlow only, gets from an exported model; options are those of serve.py."""
     script = pathlib.Path(__file__).with_name("serve.py")
-    command = [sys.executable, str(script), str(directory)]
+    command = [sys.executable, str(script), str(directory), *options]
     served = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
     if served.returncode:
         raise RuntimeError(f"The exported model could not be served: {served.stderr[-2000:]}")

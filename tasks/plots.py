@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,9 +65,28 @@ def confusion(path: str | os.PathLike, labels: list[str], counts: np.ndarray) ->
         frame.set(xlabel="predicted", ylabel="true")
 
 
+def captioned(path: str | os.PathLike, images: np.ndarray, captions: list[str], references: list[str]) -> None:
+    """Images (B, h, w, 3) with their captions, and what people wrote below, four in a row."""
+    rows = -(-len(images) // 4)
+    with _figure(path, (14, 4 * rows), (rows, 4)) as (frames, shown):
+        for frame in frames.ravel():
+            frame.axis("off")
+        texts = zip(shown(captions), shown(references), strict=True)
+        for frame, image, (caption, reference) in zip(frames.ravel(), images, texts, strict=False):
+            frame.imshow(image)
+            frame.set_title("\n".join(textwrap.wrap(caption, 34)) or "(nothing)", fontsize=10)
+            below = "\n".join(textwrap.wrap(reference, 40))
+            frame.text(0.5, -0.03, below, transform=frame.transAxes, ha="center", va="top", fontsize=8, color="grey")
+
+
 @contextlib.contextmanager
-def _figure(path: str | os.PathLike, size: tuple[float, float]) -> Iterator[tuple[Any, Any]]:
-    """A frame to draw in, and what turns texts into ones that a font here can show; written to `path` at the end."""
+def _figure(
+    path: str | os.PathLike, size: tuple[float, float], shape: tuple[int, int] = (1, 1)
+) -> Iterator[tuple[Any, Any]]:
+    """A frame to draw in, or an array of them, and what turns texts into ones that a font here can show.
+
+    It is written to `path` at the end.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -83,7 +103,7 @@ def _figure(path: str | os.PathLike, size: tuple[float, float]) -> Iterator[tupl
         return texts if font else [text.encode("unicode_escape").decode() for text in texts]
 
     with matplotlib.rc_context({"font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"]}):
-        figure, frame = pyplot.subplots(figsize=size)
+        figure, frame = pyplot.subplots(*shape, figsize=size)
         yield frame, shown
         figure.tight_layout()
         figure.savefig(path, dpi=120)

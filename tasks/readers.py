@@ -1,6 +1,6 @@
 """Readers of both modes behind one set of functions: build, train, answer, deliver."""
 
-from tasks import answers, baselines, classifiers, cloze, common
+from tasks import answers, baselines, cloze, common
 
 MODES = ("extractive", "generative")
 

@@ -1,6 +1,7 @@
 """Asks an exported model as a server would, without Keras: JSON list of texts in, JSON answers out.
 
 python tasks/serve.py saved_models/classification/saved_model < texts.json
+python tasks/serve.py saved_models/captioning/saved_model --files < paths.json
 
 Of a model with more inputs than one, the JSON is an object with a list for each of them.
 """
@@ -19,6 +20,8 @@ def main() -> None:
         importlib.import_module(name)
     model = tf.saved_model.load(sys.argv[1])
     given, ask = json.load(sys.stdin), model.signatures["serving_default"]
+    if "--files" in sys.argv:
+        given = [pathlib.Path(path).read_bytes() for path in given]
     many = isinstance(given, dict)
     answer = ask(**{name: tf.constant(texts) for name, texts in given.items()}) if many else ask(tf.constant(given))
     loaded = ({"keras_llama", "keras_hub", "tensorflow_text"} & set(sys.modules)) - set(needed)

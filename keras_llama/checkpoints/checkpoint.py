@@ -1,6 +1,7 @@
 """What every format hands over: a configuration, tensors read one at a time, tokenizer files, settings."""
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -31,6 +32,7 @@ class Checkpoint:
             and `bos_token_id` of the configuration where that file is silent.
         head: the task that the file holds weights of: "lm_head", "score", "qa_outputs" or `None`.
         options: settings of the task: `labels`, `problem_type`; and those of `keras_llama.json`.
+        folder: where a task finds files of its own, `None` for a checkpoint that is one file.
     """
 
     source: str
@@ -41,3 +43,4 @@ class Checkpoint:
     generation: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     head: str | None = "lm_head"
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    folder: pathlib.Path | None = None

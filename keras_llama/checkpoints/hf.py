@@ -83,8 +83,9 @@ _ARCHITECTURES = {
     "LlamaForSequenceClassification": "score",
     "LlamaForQuestionAnswering": "qa_outputs",
     "LlamaSeq2SeqLM": "lm_head",  # ours, under `model_type` keras_llama
+    "LlamaImageCaptioner": "lm_head",
 }
-_HEADS = ("score.", "qa_outputs.")  # the tensors that a task has beside its base model
+_HEADS = ("score.", "qa_outputs.", "multi_modal_projector.")  # the tensors that a task has beside its base model
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "I32": "int32"}
 PROBLEM_TYPES = {
     "single": "single_label_classification",
@@ -122,6 +123,7 @@ def read(directory: str | os.PathLike) -> Checkpoint:
         generation={**ids, **generation, "eos_token_id": sorted(set(stops))},
         head=_ARCHITECTURES[architecture],
         options={**_labels(fields), **own.get("options", {})},
+        folder=path,
     )
 
 

@@ -45,7 +45,7 @@ def build_backbone(
     return backbone
 
 
-def load(model: Any, checkpoint: Checkpoint, fresh: Iterable[str] = ()) -> None:
+def load(model: Any, checkpoint: Checkpoint, fresh: Iterable[str] = (), weights: Iterable | None = None) -> None:
     """Assigns each tensor to its variable; only one tensor is in memory beside the weights.
 
     Args:
@@ -53,13 +53,14 @@ def load(model: Any, checkpoint: Checkpoint, fresh: Iterable[str] = ()) -> None:
         checkpoint: an opened checkpoint.
         fresh: Hugging Face names that may be missing, because the task is not the checkpoint's own;
             they start at random.
+        weights: those that checkpoints name; all of the model's unless given.
 
     Raises:
         ValueError: with one table of all tensors that are missing, not expected or of another shape;
             or for a tensor that holds NaN or infinity.
     """
     wanted = {}
-    for variable in model.weights:
+    for variable in model.weights if weights is None else weights:
         row, name = mapping.from_ours(variable.path)
         wanted[name] = row, variable
     _check_names(model, checkpoint, wanted, set(fresh))
@@ -72,9 +73,9 @@ def load(model: Any, checkpoint: Checkpoint, fresh: Iterable[str] = ()) -> None:
     _check_tied_head(model, checkpoint)
 
 
-def export(model: Any) -> Iterable[tuple[str, Any, mapping.Row]]:
-    """Every weight of a model by its Hugging Face name: (name, variable, row), in the model's order."""
-    for variable in model.weights:
+def export(weights: Iterable) -> Iterable[tuple[str, Any, mapping.Row]]:
+    """Each weight by its Hugging Face name: (name, variable, row), in their order."""
+    for variable in weights:
         row, name = mapping.from_ours(variable.path)
         yield name, variable, row
 

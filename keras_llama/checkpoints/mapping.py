@@ -82,6 +82,10 @@ TABLE = [
     Row("score/kernel", "score.weight", transposed=True),
     Row("qa_outputs/kernel", "qa_outputs.weight", transposed=True),
     Row("qa_outputs/bias", "qa_outputs.bias"),
+    *(  # as LLaVA calls them
+        Row(f"projector/linear_{i}/kernel", f"multi_modal_projector.linear_{i}.weight", transposed=True) for i in (1, 2)
+    ),
+    Row("projector/positions/embeddings", "multi_modal_projector.positions.weight"),
 ]
 # An encoder-decoder is ours alone: its decoder has the names above, its encoder the same with a prefix.
 TABLE += [
@@ -89,7 +93,8 @@ TABLE += [
     for row in TABLE
     if row.ours.startswith(("token_embedding/", "block_{i}/", "final_norm/")) and "cross" not in row.ours
 ]
-HEADS = ("lm_head.", "score.", "qa_outputs.")  # tensors that belong to a task, not to the backbone
+# Tensors that belong to a task, not to the backbone.
+HEADS = ("lm_head.", "score.", "qa_outputs.", "multi_modal_projector.")
 # Derived from the configuration; old checkpoints carry it.
 IGNORED = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 

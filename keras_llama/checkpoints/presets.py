@@ -75,6 +75,7 @@ def download(name: str) -> pathlib.Path:
         "config.json",
         "generation_config.json",
         "keras_llama.json",
+        "*.keras",  # of an image encoder
     ]
     try:
         found = snapshot_download(repository, revision=revision or None, allow_patterns=patterns)
@@ -195,7 +196,7 @@ def write_directory(task, settings, path, own=None, overwrite=False, shard_bytes
 
 def _tensors(task, prefix):
     """Name, size and array of every weight, as `hf.write` takes them."""
-    for name, variable, row in loader.export(task):
+    for name, variable, row in loader.export(task.text_weights):
         full = name if name.startswith(HEADS) else f"{prefix}{name}"
         yield full, loader.nbytes(variable), functools.partial(loader.to_array, variable, row)
 
@@ -208,6 +209,6 @@ def _write_gguf(task, settings, path, quantization, overwrite):
         raise invalid("A GGUF file holds its tokenizer.", "Give the task a preprocessor.", preprocessor=None)
     tensors = (
         (name, loader.shape(variable, row), functools.partial(loader.to_array, variable, row))
-        for name, variable, row in loader.export(task)
+        for name, variable, row in loader.export(task.text_weights)
     )
     gguf.write(path, task.backbone.config, tensors, gguf_tokenizer.to_gguf(settings["files"]), quantization)

@@ -14,6 +14,8 @@ from keras_llama.export import elsewhere
 def export(task, filepath, format: str, overwrite: bool = False) -> None:
     """Writes a task as a file of one of `FORMATS`; see `Task.export`."""
     path, (runs_on, write) = pathlib.Path(filepath), FORMATS[format]
+    if any(len(taken.shape) != 2 for taken in task.input.values()):
+        raise invalid('`format` must be "tf_saved_model" for a model that reads images.', format=format)
     if path.exists() and not overwrite:
         raise invalid("`filepath` must not exist.", "Or pass overwrite=True.", filepath=str(path))
     if task.dtype_policy.name != "float32":

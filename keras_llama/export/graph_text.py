@@ -113,11 +113,11 @@ class GraphText:
         return rows, ids, mirrored
 
     @staticmethod
-    def starting(ids, start_id: int):
-        """As `prompts` gives them: a row of one token for each row of `ids` (B, T)."""
+    def starting(sources, start_id: int, count: int = 1):
+        """As `prompts` gives them: a row of `count` times a token for each of `sources` (B, ...)."""
         import tensorflow as tf
 
-        rows = tf.fill([tf.shape(ids)[0], 1], tf.constant(start_id, tf.int32))
+        rows = tf.fill([tf.shape(sources)[0], count], tf.constant(start_id, tf.int32))
         return tf.RaggedTensor.from_tensor(rows), rows, tf.ones_like(rows)
 
     def decode(self, rows):

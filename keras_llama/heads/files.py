@@ -28,6 +28,7 @@ class Files(Adaptable):
     preprocessor: Any
     backbone: Any
     backbone_class: Any = LlamaBackbone
+    parts: tuple[str, ...] = ("backbone", "preprocessor")  # the arguments that are objects of Keras' own kind
     head = ""  # its weights' name in the words of Hugging Face: "lm_head", "score", "qa_outputs"
     base = "model."  # what stands there before the names of the backbone's weights
 
@@ -68,7 +69,7 @@ class Files(Adaptable):
         with no_random_weights():
             task = cls(backbone, preprocessor=preprocessor, **options)
         fresh = set(task.fresh_weights(checkpoint)) - set(checkpoint.tensors)
-        loader.load(task, checkpoint, fresh)
+        loader.load(task, checkpoint, fresh, task.text_weights)
         if fresh:
             print(f"{checkpoint.source} has no {', '.join(sorted(fresh))}: drawn at random, to be trained")
         return task
@@ -166,8 +167,7 @@ class Files(Adaptable):
 
     def get_config(self):
         return {
-            "backbone": keras.saving.serialize_keras_object(self.backbone),
-            "preprocessor": keras.saving.serialize_keras_object(self.preprocessor),
+            **{part: keras.saving.serialize_keras_object(getattr(self, part)) for part in self.parts},
             "name": self.name,
             "trainable": self.trainable,
             "adapters": self.adapter_settings,
@@ -177,8 +177,7 @@ class Files(Adaptable):
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        nested = {key: keras.saving.deserialize_keras_object(config[key]) for key in ("backbone", "preprocessor")}
-        config = {**config, **nested}
+        config = {**config, **{part: keras.saving.deserialize_keras_object(config[part]) for part in cls.parts}}
         adapters, quantized = config.pop("adapters", None), config.pop("quantized", None)
         frozen = config.pop("base_frozen", False)
         task = cls(**config)

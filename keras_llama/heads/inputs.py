@@ -28,6 +28,7 @@ class Inputs:
     jit_compile: bool
     sides: tuple[str, ...] = ("",)  # what `token_ids` and `padding_mask` of each text are prefixed with
     packs = False  # whether `pack` may put several texts into a row
+    augment: Any = None  # (a batch to train on, integers to draw from) -> the batch, changed at random
 
     def join(self, x, y):
         """Inputs and targets as `encode` and `check_targets` take them, from those of `fit`."""
@@ -55,7 +56,9 @@ class Inputs:
             warn = (lambda cut: None) if self.preprocessor is None else self.preprocessor.warn_of_cut
             chosen = {name: options.get(name, False) for name in ("predicting", "packing")}
             prepare = functools.partial(self._prepare, **chosen)
-            return backend.stream(StreamedBatches(x, prepare, warn, shuffle_seed))
+            streamed = StreamedBatches(x, prepare, warn, shuffle_seed)
+            streamed.augment = self.augment if options.get("training") else None
+            return backend.stream(streamed)
         if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
             raise invalid("`batch_size` must be an integer of at least 1.", batch_size=batch_size)
         x, y = self.join(x, y)
@@ -72,19 +75,17 @@ class Inputs:
             batch_size=batch_size or 32,
             shuffle_seed=shuffle_seed,
         )
+        batches.augment = self.augment if options.get("training") else None
         return backend.stream(batches)
 
     def _prepare(self, x, y=None, sample_weight=None, *, cut, predicting, packing):
         """One batch of a user's `PyDataset`, tokenized and finished."""
         x, y = self.join(x, y)
-        if self._are_token_ids(x, packing):
-            inputs = self._token_ids(x)
-        else:
-            columns = self.encode(x, cut=cut, predicting=predicting)
-            inputs = self._pad(self._packed(columns) if packing else columns)
+        batch, lengths = self._rows(x, predicting=predicting, packing=packing, cut=cut)
+        rows = len(lengths)
+        inputs = batch(np.arange(rows))
         if predicting:
             return (inputs,)
-        rows = len(inputs[f"{self.sides[0]}token_ids"])
         return _without_none(self.finish_batch(inputs, self.check_targets(y, rows), row_weights(sample_weight, rows)))
 
     def _are_token_ids(self, x, packing=False):
@@ -102,13 +103,13 @@ class Inputs:
     def _packed(self, columns):
         return pack(columns, self.sides, self.preprocessor.sequence_length)
 
-    def _rows(self, x, argument="x", predicting=False, one_length=False, packing=False):
+    def _rows(self, x, argument="x", predicting=False, one_length=False, packing=False, cut=None):
         """A function from row numbers to inputs, and a number per row to sort by, for texts or token ids."""
         if self._are_token_ids(x, packing):
             arrays = self._token_ids(x, argument)
             rows = len(arrays[f"{self.sides[0]}token_ids"])
             return lambda chosen: {key: value[chosen] for key, value in arrays.items()}, np.zeros(rows)
-        columns = self.encode(x, argument, predicting=predicting)
+        columns = self.encode(x, argument, cut, predicting=predicting)
         columns = self._packed(columns) if packing else columns
 
         def inputs(chosen):

@@ -61,12 +61,13 @@ class LanguageModel(Task):
             in reverse or a layer `lm_head` of its own.
         preprocessor: a `TextPreprocessor` or `None`.
         generation_config: defaults of `generate` in the words of `generation_config.json`.
+        inputs, hidden: of the graph, where a head reads more than the backbone: then `hidden_states` says what.
     """
 
     head = "lm_head"
     packs = True
 
-    def __init__(self, backbone, preprocessor, generation_config, **kwargs):
+    def __init__(self, backbone, preprocessor, generation_config, inputs=None, hidden=None, **kwargs):
         if backbone.config.tie_word_embeddings:
             to_logits = backbone.token_embedding
         else:
@@ -77,9 +78,9 @@ class LanguageModel(Task):
                 dtype=backbone.dtype_policy,
                 name=self.head,
             )
-        (logits,) = project(backbone(backbone.input), to_logits)
+        (logits,) = project(backbone(backbone.input) if hidden is None else hidden, to_logits)
         logits = keras.layers.Activation("linear", dtype="float32", name="logits")(logits)
-        super().__init__(backbone, preprocessor, logits, **kwargs)
+        super().__init__(backbone, preprocessor, logits, inputs, **kwargs)
         self._to_logits = to_logits
         self.chunked = False
         self.generation_config = dict(generation_config or {})
@@ -115,13 +116,19 @@ class LanguageModel(Task):
         """Float32 logits (..., V) of hidden states (..., D)."""
         return ops.cast(project(hidden, self._to_logits)[0], "float32")
 
-    def make_loop(self, step):
-        """The `TokenLoop` over a step of this model."""
+    def make_loop(self, step, start=None):
+        """The `TokenLoop` over a step of this model, and what runs its prompts, unless that is a step."""
         groups = [group for block in self.backbone.blocks for group in block.step_projections]
         groups.append((self._to_logits,))
         dtype = self.dtype_policy.compute_dtype
         return TokenLoop(
-            step, self.backbone.config, self.weights, dtype, groups, lambda: self.compile_options["jit_compile"] is True
+            step,
+            self.backbone.config,
+            self.weights,
+            dtype,
+            groups,
+            by_compiler=lambda: self.compile_options["jit_compile"] is True,
+            start=start,
         )
 
     def generating(self, loop, text, context_length, **defaults):
@@ -182,8 +189,12 @@ class LanguageModel(Task):
 
     def call(self, inputs, training=None, mask=None):
         if _at_hidden.get():
-            return self.backbone.call(inputs, training=training, mask=mask)
+            return self.hidden_states(inputs, training)
         return super().call(inputs, training=training, mask=mask)
+
+    def hidden_states(self, inputs, training=None):
+        """What the head reads (B, T, D)."""
+        return self.backbone.call(inputs, training=training)
 
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         if not _at_hidden.get():

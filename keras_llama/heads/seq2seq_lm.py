@@ -5,7 +5,6 @@ Shapes: B batch, S source length, T target length, V vocabulary.
 
 import functools
 from collections import Counter
-from typing import Any
 
 import keras
 import numpy as np
@@ -15,12 +14,9 @@ from keras_llama.attention import record
 from keras_llama.batches import longer_side
 from keras_llama.config import invalid
 from keras_llama.export.saved_model import STRINGS, Signature
-from keras_llama.heads import completion
+from keras_llama.heads.conditioned import ConditionedModel
 from keras_llama.heads.inputs import are_ids, is_token_ids
-from keras_llama.heads.language_model import LanguageModel
-from keras_llama.heads.plan import make_plan, stops
 from keras_llama.layers import no_random_weights, register
-from keras_llama.losses import TokenCrossentropy
 from keras_llama.preprocessing import check_texts, next_token_targets, pad_rows
 from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
 
@@ -28,7 +24,7 @@ _TEXTS = ("source", "target")
 
 
 @register
-class LlamaSeq2SeqLM(LanguageModel):
+class LlamaSeq2SeqLM(ConditionedModel):
     """The encoder-decoder: sources and targets -> logits of each next target token, float32 (B, T, V).
 
     `fit(sources, targets)` takes two lists of strings, or token ids as the backbone takes them, the target's
@@ -65,9 +61,7 @@ class LlamaSeq2SeqLM(LanguageModel):
                 "Start one from a decoder with `LlamaSeq2SeqBackbone.from_decoder`.",
                 backbone=type(backbone).__name__,
             )
-        TokenCrossentropy(label_smoothing)  # checks it
-        super().__init__(backbone, preprocessor, generation_config, **kwargs)
-        self.label_smoothing = label_smoothing
+        super().__init__(backbone, preprocessor, generation_config, label_smoothing, **kwargs)
 
     @classmethod
     def from_decoder(cls, decoder, *, sequence_length=None, label_smoothing=0.0, **options):
@@ -100,34 +94,8 @@ class LlamaSeq2SeqLM(LanguageModel):
                 backend.copy(heads[variable.path], variable)
         return task
 
-    @classmethod
-    def preset_options(cls, checkpoint, preprocessor):
-        smoothing = {name: checkpoint.options[name] for name in ("label_smoothing",) if name in checkpoint.options}
-        return {**super().preset_options(checkpoint, preprocessor), **smoothing}
-
     def checkpoint_settings(self):
-        settings = super().checkpoint_settings()
-        settings["fields"]["architectures"] = ["LlamaSeq2SeqLM"]
-        settings["options"] = {"label_smoothing": self.label_smoothing}
-        return {**settings, "differs": "encoder"}
-
-    @property
-    def start_id(self):
-        """The token that a target begins with: the vocabulary's begin of text, or its end where it has none."""
-        given = self.generation_config.get("decoder_start_token_id")
-        if given is None and self.preprocessor is not None:
-            tokenizer = self.preprocessor.tokenizer
-            given = tokenizer.bos_id if tokenizer.bos_id >= 0 else tokenizer.eos_id
-        if given is None or given < 0:
-            raise invalid(
-                "A target needs a token to begin with.",
-                'Name it: generation_config={"decoder_start_token_id": ...}.',
-                decoder_start_token_id=given,
-            )
-        return given
-
-    def default_loss(self):
-        return TokenCrossentropy(self.label_smoothing)
+        return {**super().checkpoint_settings(), "differs": "encoder"}
 
     def join(self, x, y):
         """Sources and targets as the two columns of one input; they come as two lists, or as such columns."""
@@ -149,12 +117,10 @@ class LlamaSeq2SeqLM(LanguageModel):
         return {"source": sources, "target": targets}, y
 
     def encode(self, x, argument="x", cut=None, predicting=False):
-        tokenizer, text = self.preprocessor.tokenizer, self.preprocessor
         x, _ = self.join(x, None)
-        targets = [[self.start_id, *row, *text.end] for row in tokenizer.encode(x["target"])]
         return {
-            "encoder_token_ids": text.encode(x["source"], cut),
-            "decoder_token_ids": text.cut(targets, cut, text.end),
+            "encoder_token_ids": self.preprocessor.encode(x["source"], cut),
+            "decoder_token_ids": self.whole_texts(x["target"], cut),
         }
 
     def sort_key(self, columns):
@@ -209,43 +175,24 @@ class LlamaSeq2SeqLM(LanguageModel):
             ValueError: for an empty source, one that is longer than `sequence_length`, or a setting out of range.
         """
         rows, strings = self._sources(sources, truncate)
-        defaults = dict(self.generation_config)
-        if self.preprocessor is not None:  # no target was longer in training
-            defaults.setdefault("max_new_tokens", self.preprocessor.sequence_length - 1)
-        plan = make_plan(
-            defaults,
-            [1] * len(rows),
-            self.backbone.config.context_length,
-            max_new_tokens=max_new_tokens,
+        return self.answers(
+            rows,
+            max_new_tokens,
+            strings=strings,
+            alone=isinstance(sources, str),
+            stream=stream,
+            batch_size=batch_size,
+            stop=stop,
+            stop_token_ids=stop_token_ids,
             num_beams=num_beams,
             length_penalty=length_penalty,
             seed=seed,
-            stops=stops(self.stop_ids, stop, stop_token_ids),
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
             min_p=min_p,
             repetition_penalty=repetition_penalty,
         )
-        tokenizer = self.preprocessor.tokenizer if strings else None
-        if tokenizer is None and (stream or plan.stop_texts):
-            raise invalid("`stream` and strings in `stop` need sources that are strings.", stream=stream, stop=stop)
-        if stream:
-            prompts, context = self._prompts(rows, plan)
-            pieces = completion.stream(self.token_loop, prompts, plan, tokenizer, int(stream), context)
-            return (piece[0] for piece in pieces) if isinstance(sources, str) else pieces
-        # Sources of like length together, so that little is padded.
-        plan = plan._replace(rows=tuple(sorted(plan.rows, key=lambda i: -len(rows[i]))))
-        complete = completion.new_ids if tokenizer is None else completion.texts
-        found: dict[int, Any] = {}
-        for part in plan.parts(batch_size):
-            prompts, context = self._prompts(rows, part)
-            new = complete(self.token_loop, prompts, part, tokenizer, context)
-            found |= dict(zip(part.rows, new, strict=True))
-        answers = [found[i] for i in range(len(rows))]
-        if tokenizer is None:
-            return pad_rows(answers)
-        return answers[0] if isinstance(sources, str) else answers
 
     def alignment(self, source, target):
         """How much each token of the target looks at each token of the source, in cross-attention.
@@ -293,9 +240,6 @@ class LlamaSeq2SeqLM(LanguageModel):
         """Keys and values of cross-attention for sources int32 (B, S): a pair (B, K, S, H) per block."""
         return self.backbone.memory(self.backbone.encode(token_ids, padding_mask))
 
-    def get_config(self):
-        return {**super().get_config(), "label_smoothing": self.label_smoothing}
-
     @functools.cached_property
     def token_loop(self):
         """The `TokenLoop` over this model's steps."""
@@ -310,9 +254,8 @@ class LlamaSeq2SeqLM(LanguageModel):
         hidden, cache = self.backbone.decode(token_ids, padding_mask, memory, memory_mask, cache, index)
         return self.logits_of(hidden[:, -1]), cache
 
-    def _prompts(self, rows, plan):
-        """The start of each target of a batch, and what the decoder attends to: keys and values, and their mask."""
-        sources = [rows[i] for i in plan.rows]
+    def prompts_of(self, sources):
+        """The start of each target, and what the decoder attends to: keys and values, and their mask."""
         batch = pad_rows(sources, backend.bucket(max(map(len, sources))))
         memory = self._remember(batch["token_ids"], batch["padding_mask"])
         return [[self.start_id]] * len(sources), (memory, batch["padding_mask"])

@@ -22,13 +22,14 @@ class Task(Inputs, Files):
     """A functional model on a backbone that takes strings, or token ids.
 
     Token ids are a dict of `token_ids` and `padding_mask` (B, T), or an int array (B, T) without
-    padding. A head gives its graph to the constructor and overrides what differs, here and in `Inputs` and `Files`:
+    padding. A head gives its graph to the constructor, whose inputs are the backbone's unless given, and overrides
+    what differs, here and in `Inputs` and `Files`:
         `default_loss`, `default_metrics`: what `compile()` without arguments uses,
         `losses_by_name`, `metrics_by_name`: what strings mean for its outputs, which are logits.
     """
 
-    def __init__(self, backbone, preprocessor, outputs, **kwargs):
-        super().__init__(inputs=backbone.input, outputs=outputs, **kwargs)
+    def __init__(self, backbone, preprocessor, outputs, inputs=None, **kwargs):
+        super().__init__(inputs=backbone.input if inputs is None else inputs, outputs=outputs, **kwargs)
         self.backbone = backbone
         self.preprocessor = preprocessor
         self.dtype_policy = backbone.dtype_policy
