@@ -124,9 +124,7 @@ def deliver(model, args, output, rows):
     import keras
 
     if args.mode != MODES[0]:
-        from tasks import generation
-
-        generation.deliver(model, output)
+        common.deliver_preset(model, output)
         return
     expected = answer(model, args, rows, None)
     model.save(output / "model.keras")
