@@ -63,6 +63,7 @@ def run(args, model, rows, validation, test):
     frequent = baselines.most_frequent_caption([row.caption for row in rows])
     known, described, _ = pictures.by_image(rows)
     nearest = baselines.nearest_captions(known, [texts[0] for texts in described], images)
+    shown = np.linspace(0, len(images) - 1, min(12, len(images))).astype(int)  # drawings of one kind stand together
     report = {
         "task": "captioning",
         "backend": keras.config.backend(),
@@ -77,13 +78,17 @@ def run(args, model, rows, validation, test):
             "most_frequent": pictures.scores([frequent] * len(images), references),
             "nearest_colours": pictures.scores(nearest, references),
         },
-        "samples": [{"caption": c, "references": r} for c, r in zip(captions[:12], references, strict=False)],
+        "samples": [{"caption": captions[i], "references": references[i]} for i in shown],
         "settings": vars(args),
     }
     plots.training(output / "training.png", history)
-    plots.captioned(output / "captions.png", images[:12], captions[:12], [texts[0] for texts in references[:12]])
+    plots.captioned(
+        output / "captions.png", images[shown], [captions[i] for i in shown], [references[i][0] for i in shown]
+    )
     common.write_report(args.report or output / "metrics.json", report)
-    captioners.deliver(model, output, pictures.files(images[:3], keys[:3], output / "samples"))
+    captioners.deliver(
+        model, output, pictures.files(images[shown[:3]], [keys[i] for i in shown[:3]], output / "samples")
+    )
     for row in report["samples"][:5]:
         print(f"{row['references'][0]}  ->  {row['caption']}")
     for name, found in {"test": report, **report["baselines"]}.items():
