@@ -59,12 +59,11 @@ def train(model, args, rows):
     """Pretraining, made questions, real questions; prints what each takes."""
     started = time.perf_counter()
 
-    def told(name, loss):
-        print(f"{time.perf_counter() - started:.0f} s: {name}, loss {loss:.3f}", flush=True)
+    def told(name, history):
+        print(f"{time.perf_counter() - started:.0f} s: {name}, loss {history['loss'][-1]:.3f}", flush=True)
 
     if args.pretrain_epochs:
-        readers.pretrain(args, model, answers.pieces(rows, args.sequence_length))
-        told("language model", float("nan"))
+        told("language model", readers.pretrain(args, model, answers.pieces(rows, args.sequence_length)))
     records = readers.fit_arguments(model, args, rows)
     contexts = list(dict.fromkeys(row.context for row in rows))
     stages = [("questions", records * args.repeats, args.crop, 0.5)]
@@ -74,7 +73,7 @@ def train(model, args, rows):
         data = cloze.crops(data, length, without, args.seed)
         model.compile(**common.compile_options(model, args, len(data), 1))
         history = model.fit(data, batch_size=args.batch_size, verbose=1).history
-        told(f"{len(data)} {name}", history["loss"][-1])
+        told(f"{len(data)} {name}", history)
     return time.perf_counter() - started
 
 

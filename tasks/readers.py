@@ -36,16 +36,18 @@ def build(args, rows):
 
 
 def pretrain(args, reader, texts):
-    """Trains the blocks as a causal language model on `texts` first."""
+    """Trains the blocks as a causal language model on `texts` first, and returns the history of that."""
     import keras_llama
     from keras_llama import backend
 
     config = {**reader.backbone.get_config(), "causal": True, "name": "language_model"}
     lm = keras_llama.LlamaCausalLM(keras_llama.LlamaBackbone.from_config(config), reader.preprocessor)
     lm.compile(**common.compile_options(lm, args, len(texts), args.pretrain_epochs))
-    common.fit(args, lm, "pretraining", texts, batch_size=args.batch_size, epochs=args.pretrain_epochs)
+    options = {"batch_size": args.batch_size, "epochs": args.pretrain_epochs}
+    history = common.fit(args, lm, "pretraining", texts, **options).history
     for learned, weight in zip(lm.backbone.weights, reader.backbone.weights, strict=True):
         backend.copy(learned, weight)
+    return history
 
 
 def train(model, args, rows, validation):
