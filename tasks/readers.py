@@ -32,7 +32,8 @@ def build(args, rows):
         dtype=args.precision,
     )
     preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length)
-    return cls(backbone, preprocessor, **options, **({"dropout": args.dropout} if extractive else {}))
+    own = {"dropout": args.dropout, "question_overlap": True} if extractive else {}
+    return cls(backbone, preprocessor, **options, **own)
 
 
 def pretrain(args, reader, texts):

@@ -55,6 +55,7 @@ ORDER = [
     "preprocessing",
     "dialogue",
     "questions",
+    "overlap",
     "resume",
     "checkpoints.checkpoint",
     "checkpoints.mapping",

@@ -398,3 +398,44 @@ def test_the_export_gives_the_same_answers(make, request, tmp_path, kind, option
     for nothing in ([], [""]):
         none = served(questions=tf.constant(nothing, tf.string), contexts=tf.constant(nothing, tf.string))
         assert none["texts"].shape == len(nothing)
+
+
+def test_tokens_that_the_question_has_are_told(make):
+    model = make(question_overlap=True)
+    tokenizer = model.preprocessor.tokenizer
+    (question, context) = tokenizer.encode(["Who sat?", "The cat sat on the mat."])
+    end = model.question_overlap
+    layer = next(layer for layer in model.layers if layer.name == "question_overlap")
+    begin = [*model.preprocessor.begin]
+    ids = np.array([[*begin, *question, end, *context, end]])
+    found = keras.ops.convert_to_numpy(layer.matches(ids))[0]
+    first = len(begin) + len(question) + 1
+    assert found[: first - 1, 0].all()
+    assert not found[first - 1 :, 0].any()
+    asked = set(question)
+    runs = {tuple(question[i : i + 2]) for i in range(len(question) - 1)}
+    for i, token in enumerate(context):
+        assert found[first + i, 1] == (token in asked)
+        pairs = [tuple(context[i - 1 : i + 1]) if i else None, tuple(context[i : i + 2])]
+        assert found[first + i, 2] == any(pair in runs for pair in pairs)
+    assert found[:, 3].any()
+
+
+def test_overlap_is_saved_and_learned(make, tmp_path):
+    rows = [{"question": "Who sat?", "context": CAT, "answers": ["The cat"]}]
+    model = make(question_overlap=True)
+    model.compile()
+    before = keras.ops.convert_to_numpy(model.get_layer("question_overlap").kernel)
+    model.fit(rows * 4, epochs=2, verbose=0)
+    assert np.abs(keras.ops.convert_to_numpy(model.get_layer("question_overlap").kernel) - before).max() > 1e-5
+    expected = model.answer("Who sat?", CAT)
+    model.save(tmp_path / "reader.keras")
+    assert keras.saving.load_model(tmp_path / "reader.keras").answer("Who sat?", CAT) == expected
+    model.save_to_preset(tmp_path / "preset")
+    assert keras_llama.LlamaQuestionAnswering.from_preset(tmp_path / "preset").answer("Who sat?", CAT) == expected
+
+
+def test_overlap_without_a_separator_is_refused():
+    backbone = keras_llama.LlamaBackbone(vocabulary_size=50, **keras_llama.size("tiny"))
+    with pytest.raises(ValueError, match="must be the id of a token"):
+        keras_llama.LlamaQuestionAnswering(backbone, question_overlap=True)

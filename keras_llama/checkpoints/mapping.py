@@ -82,6 +82,7 @@ TABLE = [
     Row("score/kernel", "score.weight", transposed=True),
     Row("qa_outputs/kernel", "qa_outputs.weight", transposed=True),
     Row("qa_outputs/bias", "qa_outputs.bias"),
+    Row("question_overlap/kernel", "question_overlap.weight", transposed=True),  # ours alone
     *(  # as LLaVA calls them
         Row(f"projector/linear_{i}/kernel", f"multi_modal_projector.linear_{i}.weight", transposed=True) for i in (1, 2)
     ),
@@ -94,7 +95,7 @@ TABLE += [
     if row.ours.startswith(("token_embedding/", "block_{i}/", "final_norm/")) and "cross" not in row.ours
 ]
 # Tensors that belong to a task, not to the backbone.
-HEADS = ("lm_head.", "score.", "qa_outputs.", "multi_modal_projector.")
+HEADS = ("lm_head.", "score.", "qa_outputs.", "question_overlap.", "multi_modal_projector.")
 # Derived from the configuration; old checkpoints carry it.
 IGNORED = re.compile(r"(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 

@@ -15,10 +15,11 @@ from keras_llama.export.saved_model import STRINGS, Signature
 from keras_llama.heads.task import Task
 from keras_llama.layers import kernel_initializer, register
 from keras_llama.losses import SpanAccuracy, SpanCrossentropy
+from keras_llama.overlap import QuestionOverlap
 from keras_llama.questions import Windows, best_answers, questions, separator, training_columns, windows
 from keras_llama.scores import answer_scores
 
-_OPTIONS = ("stride", "max_answer_length", "no_answer_threshold", "dropout")
+_OPTIONS = ("stride", "max_answer_length", "no_answer_threshold", "dropout", "question_overlap")
 
 
 @register
@@ -41,6 +42,9 @@ class LlamaQuestionAnswering(Task):
             the least of all windows, is so much above that of the best answer (Rajpurkar et al., 2018,
             https://arxiv.org/abs/1806.03822); only then `fit` takes questions without answers.
         dropout: rate on the hidden states before the head while training.
+        question_overlap: whether tokens are told, beside their embedding, that the question has them, too
+            (`QuestionOverlap`): for a model from scratch. Other tools know no such checkpoint. `True`, or the id of
+            the token that ends the question.
 
     Raises:
         ValueError: for a number out of range, or a preprocessor that leaves no room or has no token to part texts by.
@@ -68,6 +72,7 @@ class LlamaQuestionAnswering(Task):
         max_answer_length=64,
         no_answer_threshold=None,
         dropout=0.0,
+        question_overlap=False,
         **kwargs,
     ):
         for name, value, least in (("stride", stride, 0), ("max_answer_length", max_answer_length, 1)):
@@ -76,9 +81,14 @@ class LlamaQuestionAnswering(Task):
         if isinstance(no_answer_threshold, bool) or not isinstance(no_answer_threshold, (int, float, type(None))):
             raise invalid("`no_answer_threshold` must be a number or None.", no_answer_threshold=no_answer_threshold)
         if preprocessor is not None and preprocessor.tokenizer.files:
-            separator(preprocessor)  # checks it
+            end = separator(preprocessor)  # checks it
+            question_overlap = end if question_overlap is True else question_overlap
+        if question_overlap is True:
+            raise invalid("`question_overlap` must be the id of a token where no preprocessor tells it.",
+                          question_overlap=True)  # fmt: skip
         policy = backbone.dtype_policy
-        hidden = keras.layers.Dropout(dropout, dtype=policy, name="hidden_dropout")(backbone(backbone.input))
+        read = backbone(backbone.input) if question_overlap is False else _overlapped(backbone, question_overlap)
+        hidden = keras.layers.Dropout(dropout, dtype=policy, name="hidden_dropout")(read)
         options = {"kernel_initializer": kernel_initializer(), "name": self.head}
         # Beside a frozen base the head is still trained.
         logits = keras.layers.Dense(2, **options, dtype=backend.with_float32_weights(policy))(hidden)
@@ -88,6 +98,7 @@ class LlamaQuestionAnswering(Task):
         self.max_answer_length = max_answer_length
         self.no_answer_threshold = no_answer_threshold
         self.dropout = dropout
+        self.question_overlap = question_overlap
 
     @classmethod
     def preset_options(cls, checkpoint, preprocessor):
@@ -97,6 +108,8 @@ class LlamaQuestionAnswering(Task):
     def checkpoint_settings(self):
         settings = super().checkpoint_settings()
         settings["fields"]["architectures"] = ["LlamaForQuestionAnswering"]
+        if self.question_overlap is not False:
+            settings["differs"] = settings["differs"] or "question_overlap"
         return {**settings, "options": {name: getattr(self, name) for name in _OPTIONS}}
 
     def default_loss(self):
@@ -220,3 +233,12 @@ class LlamaQuestionAnswering(Task):
 
     def get_config(self):
         return {**super().get_config(), **{name: getattr(self, name) for name in _OPTIONS}}
+
+
+def _overlapped(backbone, separator):
+    """Hidden states (B, T, D) of tokens that know which of them the question has."""
+    ids, mask = backbone.input["token_ids"], backbone.input["padding_mask"]
+    overlap = QuestionOverlap(
+        backbone.config.hidden_dim, separator=separator, dtype=backbone.dtype_policy, name="question_overlap"
+    )
+    return backbone.decode(ids, mask, embeddings=backbone.token_embedding(ids) + overlap(ids))[0]
