@@ -110,7 +110,7 @@ def test_transformers_reads_the_result(run):
     assert transformers.AutoTokenizer.from_pretrained(output / "preset")(STORIES[0])["input_ids"] == ids[0]
 
 
-@pytest.mark.plain
+@pytest.mark.slow
 @pytest.mark.usefixtures("not_exported")
 def test_every_recipe_starts_from_the_preset(run, stories, tmp_path):
     from tasks import classification, generation
@@ -148,8 +148,9 @@ for output in sys.argv[2].split(","):
 
 
 def test_a_killed_training_ends_with_the_same_loss(stories, tmp_path, run_python):
-    flags = ["--data", stories, "--steps", "12", "--save-every", "3", *FAST]
-    step = int(np.random.default_rng().integers(4, 12))  # another in each run
+    flags = ["--data", stories, "--steps", "8", "--save-every", "2", *FAST]
+    flags += ["--jit", "off"] if keras.config.backend() == "tensorflow" else []  # XLA would compile three updates
+    step = int(np.random.default_rng().integers(3, 8))  # another in each run
     print(f"killed at step {step}")
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
     done = run_python(KILLED, step, killed, *flags, check=False)
@@ -463,7 +464,7 @@ def test_a_source_may_tell_its_batches_by_epoch(make_backbone, tmp_path):
     def made():
         keras.utils.set_random_seed(3)
         lm = keras_llama.LlamaCausalLM(make_backbone())
-        lm.compile()
+        lm.compile(run_eagerly=True, jit_compile=False)  # its order is asked for, not its speed
         return lm
 
     whole = Source()
