@@ -403,7 +403,7 @@ def test_the_export_gives_the_same_answers(make, request, tmp_path, kind, option
 def test_tokens_that_the_question_has_are_told(make):
     model = make(question_overlap=True)
     tokenizer = model.preprocessor.tokenizer
-    (question, context) = tokenizer.encode(["Who sat on the mat?", "The cat sat on the mat."])
+    question, context = tokenizer.encode(["Who sat on the mat?", "The cat sat on the mat."])
     end = model.question_overlap
     layer = next(layer for layer in model.layers if layer.name == "question_overlap")
     begin = [*model.preprocessor.begin]
