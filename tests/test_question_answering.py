@@ -412,6 +412,7 @@ def test_tokens_that_the_question_has_are_told(make):
     first = len(begin) + len(question) + 1
     assert found[: first - 1, 0].all()
     assert not found[first - 1 :, 0].any()
+    assert not found[: first - 1, 1:].any()
     asked = set(question)
     runs = {tuple(question[i : i + 2]) for i in range(len(question) - 1)}
     for i, token in enumerate(context):
