@@ -104,6 +104,15 @@ def check_encoder(image_encoder) -> tuple[tuple[int, int], int]:
     return taken[0][1:3], math.prod(given[0][1:-1])
 
 
+def keep_frozen(layer) -> None:
+    """Freezes what stands in a frozen layer: a file names a layer's `trainable`, not that of those it builds itself."""
+    if not layer.trainable:
+        layer.trainable = False
+        return
+    for part in getattr(layer, "layers", ()):
+        keep_frozen(part)
+
+
 @register
 class LearnedPositions(keras.layers.Layer):
     """Adds a trained vector to each of P places: (B, P, C) -> (B, P, C).

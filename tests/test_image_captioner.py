@@ -63,7 +63,7 @@ def by_ids():
 def trained(tokenizer):
     model = make(tokenizer)
     model.compile(keras.optimizers.Adam(1e-2))
-    model.fit(np.repeat(plain_images(), 4, axis=0), np.repeat(CAPTIONS, 4), epochs=25, batch_size=8, verbose=0)
+    model.fit(np.repeat(plain_images(), 4, axis=0), np.repeat(CAPTIONS, 4), epochs=50, batch_size=16, verbose=0)
     return model
 
 
@@ -262,8 +262,9 @@ def test_a_transformer_and_a_tied_head_come_back_too(tokenizer, tmp_path):
 
 
 def test_a_frozen_encoder_and_adapters_come_back_so(tokenizer, tmp_path):
-    model = make(tokenizer)
-    model.image_encoder.trainable = False
+    vit = keras_llama.vit_encoder(16, 8, width=8, num_layers=1, num_heads=2)
+    vit.trainable = False
+    model = make(tokenizer, keras.Sequential([keras.Input((16, 16, 3)), vit]))  # frozen inside of what is not
     model.enable_lora(rank=2)
     model.compile(keras.optimizers.Adam(1e-2))
     model.fit(noise(4), CAPTIONS, verbose=0)
@@ -274,7 +275,7 @@ def test_a_frozen_encoder_and_adapters_come_back_so(tokenizer, tmp_path):
     assert [w.path for w in again.trainable_weights] == [w.path for w in model.trainable_weights]
     np.testing.assert_array_equal(again.predict(columns, verbose=0), expected)
     keras_llama.save_checkpoint(model, tmp_path / "adapter", format="peft")
-    other = make(tokenizer)
+    other = make(tokenizer, keras_llama.vit_encoder(16, 8, width=8, num_layers=1, num_heads=2))
     other.image_encoder.set_weights(model.image_encoder.get_weights())
     other.load_adapter(tmp_path / "adapter")  # with the projector that was trained beside
     np.testing.assert_allclose(other.predict(columns, verbose=0), expected, atol=1e-5)
@@ -309,7 +310,7 @@ def test_encoders_of_keras_applications_and_of_kerashub(tokenizer, tmp_path, nam
             "ResNetBackbone": {
                 "input_conv_filters": [8],
                 "input_conv_kernel_sizes": [7],
-                "stackwise_num_filters": [8, 16],
+                "stackwise_num_filters": [64, 64],
                 "stackwise_num_blocks": [1, 1],
                 "stackwise_num_strides": [1, 2],
                 "block_type": "basic_block",

@@ -17,7 +17,7 @@ from keras_llama.export import graph_images
 from keras_llama.export.saved_model import IDS, STRINGS, Signature
 from keras_llama.heads.conditioned import ConditionedModel
 from keras_llama.heads.inputs import is_token_ids
-from keras_llama.image_encoders import ImageProjector, check_encoder
+from keras_llama.image_encoders import ImageProjector, check_encoder, keep_frozen
 from keras_llama.images import augment, is_image, read_images
 from keras_llama.layers import register
 from keras_llama.preprocessing import check_texts, next_token_targets
@@ -59,7 +59,7 @@ class LlamaImageCaptioner(ConditionedModel):
     >>> captioner = keras_llama.LlamaImageCaptioner(backbone, encoder, keras_llama.TextPreprocessor(tokenizer, 16))
     >>> captioner.compile()
     >>> images = np.stack([np.full((16, 16, 3), value, "uint8") for value in (20, 230)] * 8)
-    >>> history = captioner.fit(images, ["dark", "bright"] * 8, batch_size=4, epochs=20, verbose=0)
+    >>> history = captioner.fit(images, ["dark", "bright"] * 8, epochs=60, verbose=0)
     >>> captioner.generate(images[:2])
     ['dark', 'bright']
     """
@@ -81,6 +81,7 @@ class LlamaImageCaptioner(ConditionedModel):
         projector = ImageProjector(backbone.config.hidden_dim, dtype=backbone.dtype_policy, name="projector")
         inputs = {"images": keras.Input((*size, 3), name="images"), **backbone.input}
         prefix = projector(image_encoder(inputs["images"]))
+        keep_frozen(image_encoder)
         hidden = _behind(prefix, backbone, inputs["token_ids"], inputs["padding_mask"])
         super().__init__(
             backbone, preprocessor, generation_config, label_smoothing, inputs=inputs, hidden=hidden, **kwargs
