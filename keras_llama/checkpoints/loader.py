@@ -68,7 +68,7 @@ def load(model: Any, checkpoint: Checkpoint, fresh: Iterable[str] = (), weights:
         if name in checkpoint.tensors:
             array = _read(checkpoint, name)
             backend.assign(variable, array.T if row.transposed else array)
-        elif row.transposed:  # the head of a new task; a bias is zero already
+        elif not row.ours.endswith("/bias"):  # of a new head; a bias is zero already
             variable.assign(kernel_initializer()(variable.shape, variable.dtype))
     _check_tied_head(model, checkpoint)
 
