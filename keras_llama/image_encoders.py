@@ -107,6 +107,7 @@ def check_encoder(image_encoder) -> tuple[tuple[int, int], int]:
 def keep_frozen(layer) -> None:
     """Freezes what stands in a frozen layer: a file names a layer's `trainable`, not that of those it builds itself."""
     if not layer.trainable:
+        layer.trainable = True  # TensorFlow takes no notice of a value that is there already
         layer.trainable = False
         return
     for part in getattr(layer, "layers", ()):

@@ -308,7 +308,7 @@ def test_encoders_of_keras_applications_and_of_kerashub(tokenizer, tmp_path, nam
         small = {
             "ViTBackbone": {"patch_size": 16, "num_layers": 1, "num_heads": 2, "hidden_dim": 16, "mlp_dim": 32},
             "ResNetBackbone": {
-                "input_conv_filters": [8],
+                "input_conv_filters": [64],
                 "input_conv_kernel_sizes": [7],
                 "stackwise_num_filters": [64, 64],
                 "stackwise_num_blocks": [1, 1],
