@@ -67,7 +67,7 @@ def confusion(path: str | os.PathLike, labels: list[str], counts: np.ndarray) ->
 def captioned(path: str | os.PathLike, images: np.ndarray, captions: list[str], references: list[str]) -> None:
     """Images (B, h, w, 3) with their captions, and what people wrote below, four in a row."""
     rows = -(-len(images) // 4)
-    with _figure(path, (14, 4 * rows), (rows, 4)) as (frames, shown):
+    with _figure(path, (14, 5 * rows), (rows, 4)) as (frames, shown):
         for frame in frames.ravel()[len(images) :]:
             frame.axis("off")
         texts = zip(shown(captions), shown(references), strict=True)
