@@ -68,15 +68,15 @@ def confusion(path: str | os.PathLike, labels: list[str], counts: np.ndarray) ->
 def captioned(path: str | os.PathLike, images: np.ndarray, captions: list[str], references: list[str]) -> None:
     """Images (B, h, w, 3) with their captions, and what people wrote below, four in a row."""
     rows = -(-len(images) // 4)
-    with _figure(path, (14, 4 * rows), (rows, 4)) as (frames, shown):
-        for frame in frames.ravel():
+    with _figure(path, (14, 5 * rows), (rows, 4)) as (frames, shown):
+        for frame in frames.ravel()[len(images) :]:
             frame.axis("off")
         texts = zip(shown(captions), shown(references), strict=True)
         for frame, image, (caption, reference) in zip(frames.ravel(), images, texts, strict=False):
             frame.imshow(image)
             frame.set_title("\n".join(textwrap.wrap(caption, 34)) or "(nothing)", fontsize=10)
-            below = "\n".join(textwrap.wrap(reference, 40))
-            frame.text(0.5, -0.03, below, transform=frame.transAxes, ha="center", va="top", fontsize=8, color="grey")
+            frame.set_xlabel("\n".join(textwrap.wrap(reference, 44)), fontsize=8, color="grey")
+            frame.set(xticks=[], yticks=[])
 
 
 @contextlib.contextmanager
