@@ -436,7 +436,9 @@ def test_overlap_is_saved_and_learned(make, tmp_path):
     assert keras_llama.LlamaQuestionAnswering.from_preset(tmp_path / "preset").answer("Who sat?", CAT) == expected
 
 
-def test_overlap_without_a_separator_is_refused():
+@pytest.mark.parametrize("overlap", [True, None, -1, 50, 2.0, "2"])
+def test_overlap_without_a_separator_is_refused(overlap):
     backbone = keras_llama.LlamaBackbone(vocabulary_size=50, **keras_llama.size("tiny"))
-    with pytest.raises(ValueError, match="must be the id of a token"):
-        keras_llama.LlamaQuestionAnswering(backbone, question_overlap=True)
+    with pytest.raises(ValueError, match="or the id of the token") as error:
+        keras_llama.LlamaQuestionAnswering(backbone, question_overlap=overlap)
+    assert repr(overlap) in str(error.value)

@@ -83,9 +83,10 @@ class LlamaQuestionAnswering(Task):
         if preprocessor is not None and preprocessor.tokenizer.files:
             end = separator(preprocessor)  # checks it
             question_overlap = end if question_overlap is True else question_overlap
-        if question_overlap is True:
-            raise invalid("`question_overlap` must be the id of a token where no preprocessor tells it.",
-                          question_overlap=True)  # fmt: skip
+        if question_overlap is not False and not _is_id(question_overlap, backbone.config.vocabulary_size):
+            hint = "True takes that token from a preprocessor, which there must be."
+            expected = "`question_overlap` must be False, True, or the id of the token that ends the question."
+            raise invalid(expected, hint, question_overlap=question_overlap)
         policy = backbone.dtype_policy
         read = backbone(backbone.input) if question_overlap is False else _overlapped(backbone, question_overlap)
         hidden = keras.layers.Dropout(dropout, dtype=policy, name="hidden_dropout")(read)
@@ -233,6 +234,10 @@ class LlamaQuestionAnswering(Task):
 
     def get_config(self):
         return {**super().get_config(), **{name: getattr(self, name) for name in _OPTIONS}}
+
+
+def _is_id(value, vocabulary_size):
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < vocabulary_size
 
 
 def _overlapped(backbone, separator):
