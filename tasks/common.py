@@ -30,6 +30,7 @@ def parser(task: str, description: str, files: str | None = None, **defaults: An
     flags.add_argument("--data", nargs=files, help="training data; see the formats in docs/tasks.md")
     flags.add_argument("--test-data", nargs=files, help="test data; without it, a share of the data by distinct text")
     flags.add_argument("--preset", help="start from a saved .keras model or a checkpoint instead of from scratch")
+    flags.add_argument("--preset-layers", type=positive, help="take so many of the first blocks of --preset alone")
     flags.add_argument("--trainable", choices=TRAINABLE, default=TRAINABLE[0], help="of --preset; docs/tasks.md")
     flags.add_argument("--lora-rank", type=positive, default=8)
     flags.add_argument("--lora-targets", default="all-linear", help="attention, all-linear or a regular expression")
@@ -177,7 +178,10 @@ def from_preset(args: argparse.Namespace, cls: Any, **options: Any) -> Any:
     import keras
 
     if not args.preset.endswith(".keras"):
-        return cls.from_preset(args.preset, dtype=args.precision, sequence_length=args.sequence_length, **options)
+        options |= {"dtype": args.precision, "sequence_length": args.sequence_length}
+        return cls.from_preset(args.preset, num_layers=args.preset_layers, **options)
+    if args.preset_layers:
+        raise DataError("--preset-layers is for a checkpoint: a .keras file is taken as a whole.")
     try:
         model = keras.saving.load_model(args.preset)
     except (OSError, ValueError) as error:
@@ -219,6 +223,8 @@ def choose_trainable(model: Any, args: argparse.Namespace) -> None:
     """What of the model of --preset is trained, as --trainable says."""
     if args.trainable != "all" and not args.preset:
         raise DataError(f"--trainable {args.trainable} needs --preset: it trains little of a model trained before.")
+    if args.preset_layers and not args.preset:
+        raise DataError("--preset-layers needs --preset: blocks of a model trained before. See --size for a new one.")
     if args.trainable != "lora" and (model.adapters or model.quantized):
         raise DataError(f"--preset {args.preset}: is adapted or quantised, which --trainable lora alone goes on with.")
     if args.trainable == "head":

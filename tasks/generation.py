@@ -157,6 +157,8 @@ def main(arguments=None):
         parts, prompts = load(args) if args.data else [], prompts_of(args)
         if not parts and args.trainable != "all":
             raise common.DataError(f"--trainable {args.trainable} needs --data to train on.")
+        if not parts and args.preset_layers:
+            raise common.DataError("--preset-layers needs --data: fewer blocks must be trained to be of use.")
         if args.preview and not parts:
             raise common.DataError("--preview needs --data to show.")
         if not parts and args.profile:

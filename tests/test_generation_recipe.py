@@ -246,6 +246,8 @@ def test_refuses_what_it_cannot_start_with(stories, dialogues, tmp_path, capsys)
     assert "--trainable lora needs --preset" in refused(
         capsys, "--data", stories, *FAST, "--trainable", "lora", *output
     )
+    assert "--preset-layers needs --preset" in refused(capsys, "--data", stories, *FAST, "--preset-layers", 1, *output)
+    assert "--preset-layers needs --data" in refused(capsys, "--prompt", "a", "--preset-layers", 1, *output)
     assert "nowhere" in refused(capsys, "--prompt", "a", "--preset", tmp_path / "nowhere", *output)
     assert "`temperature`" in refused(capsys, "--data", stories, *FAST, "--prompt", "a", "--temperature", "-1", *output)
     (tmp_path / "empty.txt").write_text("\n")
@@ -264,9 +266,11 @@ def test_a_classifier_starts_from_a_checkpoint(chat_lm, tmp_path, trainable):
     (tmp_path / "train.tsv").write_text("".join(rows), encoding="utf-8")
     flags = ["--data", tmp_path / "train.tsv", "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out"]
     fast = ["--sequence-length", "32", "--batch-size", "8", "--epochs", "1", "--trainable", trainable]
+    fast += ["--preset-layers", "1"] if trainable == "all" else []
     classification.main([str(flag) for flag in flags + fast])
     model = keras.saving.load_model(tmp_path / "out" / "model.keras")
     assert model.labels == ["ball", "film"]
+    assert len(model.backbone.blocks) == (1 if trainable == "all" else len(chat_lm.backbone.blocks))
     tokenizer = chat_lm.preprocessor.tokenizer
     assert model.preprocessor.tokenizer.encode(["a good film"]) == tokenizer.encode(["a good film"])
     frozen = {weight.path for weight in model.weights if not weight.trainable}

@@ -152,6 +152,24 @@ def test_a_classifier_starts_on_a_language_model(tmp_path, capsys):
     assert 0.5 < score.std() * 32**0.5 < 2  # drawn for 32 features, not left at zero
 
 
+def test_the_first_blocks_alone(tmp_path):
+    model = write(tmp_path / "in", num_hidden_layers=3)
+    shallow = keras_llama.LlamaCausalLM.from_preset(tmp_path / "in", num_layers=2)
+    assert len(shallow.backbone.blocks) == shallow.backbone.config.num_layers == 2
+    model.model.layers = model.model.layers[:2]
+    expected = model(torch.tensor(IDS.astype(int)), use_cache=False).logits.detach().numpy()
+    assert np.abs(logits(shallow) - expected).max() <= 1e-4
+    shallow.save_to_preset(tmp_path / "out")
+    assert np.array_equal(logits(keras_llama.LlamaCausalLM.from_preset(tmp_path / "out")), logits(shallow))
+
+
+@pytest.mark.parametrize("count", [0, 4, True, 1.0])
+def test_blocks_that_a_checkpoint_does_not_have_are_refused(tmp_path, count):
+    write(tmp_path, num_hidden_layers=3)
+    with pytest.raises(ValueError, match=f"`num_layers` must be an integer from 1 to 3.*num_layers={count}"):
+        keras_llama.LlamaCausalLM.from_preset(tmp_path, num_layers=count)
+
+
 def test_a_reader_in_and_out(tmp_path, capsys):
     model = reference.randomize(transformers.LlamaForQuestionAnswering(reference.hf_config()))
     model.save_pretrained(tmp_path / "in")

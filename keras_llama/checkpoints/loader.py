@@ -45,6 +45,22 @@ def build_backbone(
     return backbone
 
 
+def first_layers(checkpoint: Checkpoint, count: int) -> Checkpoint:
+    """The checkpoint of a model that ends after `count` of its blocks, and then has the last norm.
+
+    Raises:
+        ValueError: for a count that the model does not have, or an encoder-decoder.
+    """
+    known = checkpoint.config.num_layers
+    if isinstance(checkpoint.config, LlamaSeq2SeqConfig):
+        raise invalid("`num_layers` must be None for an encoder-decoder.", num_layers=count)
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= known:
+        raise invalid(f"`num_layers` must be an integer from 1 to {known}, the blocks there are.", num_layers=count)
+    kept = {name: tensor for name, tensor in checkpoint.tensors.items() if mapping.block_of(name) < count}
+    config = dataclasses.replace(checkpoint.config, num_layers=count)
+    return dataclasses.replace(checkpoint, config=config, tensors=kept)
+
+
 def load(model: Any, checkpoint: Checkpoint, fresh: Iterable[str] = (), weights: Iterable | None = None) -> None:
     """Assigns each tensor to its variable; only one tensor is in memory beside the weights.
 

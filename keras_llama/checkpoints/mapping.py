@@ -124,6 +124,16 @@ def from_ours(path: str) -> tuple[Row, str]:
     return found[0], found[0].hf.replace("{i}", found[1])
 
 
+def block_of(name: str) -> int:
+    """The number of the block of a Hugging Face name; -1 outside the blocks.
+
+    >>> block_of("layers.3.mlp.up_proj.weight"), block_of("norm.weight")
+    (3, -1)
+    """
+    number = re.match(r"layers\.(\d+)\.", name)
+    return int(number[1]) if number else -1
+
+
 def hf_to_gguf(name: str) -> tuple[Row, str | None]:
     """The row of a Hugging Face name and its GGUF name, `None` if GGUF has none."""
     found = _find(_BY_HF, name)

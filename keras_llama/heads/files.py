@@ -33,7 +33,7 @@ class Files(Adaptable):
     base = "model."  # what stands there before the names of the backbone's weights
 
     @classmethod
-    def from_preset(cls, preset, dtype=None, sequence_length=None, **options):
+    def from_preset(cls, preset, dtype=None, sequence_length=None, num_layers=None, **options):
         """The task with the weights, the tokenizer and the settings of a checkpoint.
 
         Args:
@@ -43,14 +43,17 @@ class Files(Adaptable):
                 else the dtype in which the checkpoint loses nothing (bfloat16 for quantised files). To
                 train all weights pass "mixed_bfloat16" or "float32".
             sequence_length: longest text to train on, in tokens; the checkpoint's own, at most 2,048, unless given.
+            num_layers: take the first so many blocks alone, to fine-tune a shallower model; all of them unless given.
             **options: of the task, such as `labels`; a head that the checkpoint lacks starts at random, and a line
                 says so.
 
         Raises:
             ValueError: if the checkpoint cannot be read or does not fit, in one table of names, or if
-                `sequence_length` is above its context.
+                `sequence_length` is above its context, or `num_layers` above its blocks.
         """
         checkpoint = presets.open_checkpoint(preset)
+        if num_layers is not None:
+            checkpoint = loader.first_layers(checkpoint, num_layers)
         context = checkpoint.config.context_length
         if isinstance(sequence_length, int) and context and sequence_length > context:
             raise invalid(
