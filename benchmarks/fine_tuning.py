@@ -6,8 +6,8 @@
 2,000 rows, always the same, are the test; each draw takes `--rows` of the others to train on. Beside it stand TF-IDF
 with a linear support vector machine, and a logistic regression on the frozen base's mean vectors, its strength chosen
 by cross-validation; its vectors, which take long, are kept in `--vectors`. With `--averaged` the model's probabilities
-are averaged with those of a second one, a head on the frozen base (`fit_head`, 30 epochs, rate 1e-3). Flags of
-`tasks.classification` may follow. With `--part validation` 2,000 rows that no draw trains on stand for the test, for
+are averaged with those of a second one, a head on the frozen base or on the first `--frozen-layers` of its blocks
+(`fit_head`, 30 epochs, rate 1e-3). Flags of `tasks.classification` may follow. With `--part validation` 2,000 rows that no draw trains on stand for the test, for
 choices.
 """
 
@@ -98,6 +98,7 @@ def main() -> None:
     flags.add_argument("--part", choices=("validation", "test"), default="test")
     flags.add_argument("--vectors", metavar="FILE")
     flags.add_argument("--averaged", action="store_true")
+    flags.add_argument("--frozen-layers", type=common.positive, help="blocks of the frozen base; all unless given")
     flags.add_argument("--floors", nargs="*", choices=FLOORS, default=FLOORS)
     args, rest = flags.parse_known_args()
     recipe = settings(args, rest)
@@ -107,7 +108,8 @@ def main() -> None:
     drawn, asked = parts(rows, args.part)
     labels, truth = sorted({row[1] for row in rows}), np.array([row[1] for row in asked])
     texts = [row[0] for row in asked]
-    frozen = Frozen(classifiers.build(recipe, [], labels), args.vectors)
+    base = argparse.Namespace(**{**vars(recipe), "preset_layers": args.frozen_layers})
+    frozen = Frozen(classifiers.build(base, [], labels), args.vectors)
     for draw in args.draws:
         keras.utils.set_random_seed(draw)
         train = [drawn[i] for i in np.random.default_rng(draw).permutation(len(drawn))[: args.rows]]
