@@ -7,8 +7,8 @@
 with a linear support vector machine, and a logistic regression on the frozen base's mean vectors, its strength chosen
 by cross-validation; its vectors, which take long, are kept in `--vectors`. With `--averaged` the model's probabilities
 are averaged with those of a second one, a head on the frozen base or on the first `--frozen-layers` of its blocks
-(`fit_head`, 30 epochs, rate 1e-3). Flags of `tasks.classification` may follow. With `--part validation` 2,000 rows that no draw trains on stand for the test, for
-choices.
+(`fit_head`, 30 epochs, rate 1e-3). Flags of `tasks.classification` may follow. With `--part validation` 2,000 rows that
+no draw trains on stand for the test, for choices.
 """
 
 import argparse
