@@ -3,6 +3,7 @@
 Shapes: T tokens of a window, C those of them that are the context's, W windows of a question.
 """
 
+import numbers
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -82,20 +83,16 @@ def _columns(x: Any, argument: str) -> Mapping[str, Any]:
     return x
 
 
+_LISTS = (list, tuple, np.ndarray)
+
+
 def _answers(given: Any, context: str, place: str, counted: Counter) -> tuple[tuple[str, ...], tuple]:
-    """The distinct answers, and all the places where they may stand."""
-    if isinstance(given, Mapping) and not isinstance(given.get("text"), str):  # columns
-        given = [dict(zip(given, pair, strict=True)) for pair in zip(*given.values(), strict=True)]
+    """The distinct answers, and all the places where they may stand, without blanks at their ends."""
     texts: dict[str, None] = {}
     spans: dict[tuple[int, int], None] = {}
-    for answer in [given] if isinstance(given, (str, Mapping)) else [] if given is None else list(given):
-        record = answer if isinstance(answer, Mapping) else {"text": answer}
-        text, start = record.get("text"), record.get("answer_start")
-        if not isinstance(text, str):
-            raise invalid(f"`{place}` must hold strings, or dicts of text and answer_start.", answer=answer)
-        if start is not None and not isinstance(start, int):
-            raise invalid(f"`{place}` must have integers as answer_start.", answer_start=start)
-        if not text.strip():
+    for text, start in _records(given, place):
+        spoken = text.strip()
+        if not spoken:
             continue
         found = _places(context, text, start)
         if not found:
@@ -107,8 +104,30 @@ def _answers(given: Any, context: str, place: str, counted: Counter) -> tuple[tu
             )
         counted.update(answers=1, repaired=int(start is not None and found[0] != start))
         texts[text] = None
-        spans |= dict.fromkeys((at, at + len(text)) for at in found)
+        blanks = len(text) - len(text.lstrip())
+        spans |= dict.fromkeys((at + blanks, at + blanks + len(spoken)) for at in found)
     return tuple(texts), tuple(spans)
+
+
+def _records(given: Any, place: str) -> Iterator[tuple[str, int | None]]:
+    """The text of each answer, and where it stands if that is known."""
+    forms = "a string, a dict of text and answer_start, a list of these, or a dict of such columns"
+    if isinstance(given, Mapping) and isinstance(given.get("text"), _LISTS):
+        columns = {name: given[name] for name in ("text", "answer_start") if name in given}
+        if not all(isinstance(rows, _LISTS) for rows in columns.values()) or len({*map(len, columns.values())}) > 1:
+            raise invalid(f"`{place}` must be {forms} of one length.", answers=given)
+        given = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    given = [] if given is None else [given] if isinstance(given, (str, Mapping)) else given
+    if not isinstance(given, _LISTS):
+        raise invalid(f"`{place}` must be {forms}.", 'Write "" or [] where the context has none.', answers=given)
+    for answer in given:
+        record = answer if isinstance(answer, Mapping) else {"text": answer}
+        text, start = record.get("text"), record.get("answer_start")
+        if not isinstance(text, str):
+            raise invalid(f"`{place}` must hold strings, or dicts of text and answer_start.", answer=answer)
+        if isinstance(start, bool) or not isinstance(start, (numbers.Integral, type(None))):
+            raise invalid(f"`{place}` must have integers as answer_start.", answer_start=start)
+        yield text, None if start is None else int(start)
 
 
 def _places(context: str, text: str, start: int | None) -> list[int]:
@@ -129,7 +148,8 @@ class Window(NamedTuple):
         token_ids: int32 (T,). The last one, behind all of the rest, stands for "no answer here".
         first: place of the first token of the context.
         offsets: where each of its tokens stands in the context, int32 (C, 2).
-        possible: whether each of them can begin or end an answer, bool (C,): blanks cannot.
+        possible: whether an answer can begin with each of them, and whether it can end, bool (C, 2): not with blanks,
+            and not within a character that several tokens spell.
     """
 
     row: int
@@ -169,10 +189,16 @@ def windows(rows: Sequence[Question], preprocessor: TextPreprocessor, stride: in
 
 
 def _encode(tokenizer: Any, context: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, their places, and whether each stands for more than blanks."""
+    """Ids, their places, and whether an answer can begin and end with each."""
     ((ids, places),) = tokenizer.encode_with_offsets([context])
-    possible = np.array([token not in tokenizer.blank_ids for token in ids], bool)
-    return np.array(ids, "int32"), np.array(places, "int32").reshape(-1, 2), possible
+    offsets = np.array(places, "int32").reshape(-1, 2)
+    first, last = np.ones((2, len(ids)), bool)
+    first[1:] = [token not in tokenizer.within_ids for token in ids[1:]]
+    last[:-1] = first[1:]
+    parts = zip(offsets[first, 0], offsets[last, 1], strict=True)
+    spoken = np.array([bool(context[start:end].strip()) for start, end in parts], bool)[np.cumsum(first) - 1]
+    spoken &= np.array([token not in tokenizer.blank_ids for token in ids], bool)
+    return np.array(ids, "int32"), offsets, np.stack([first & spoken, last & spoken], axis=1)
 
 
 def longest_question(preprocessor: TextPreprocessor) -> int:
@@ -216,18 +242,18 @@ def span_targets(window: Window, spans: Sequence[tuple[int, int]]) -> np.ndarray
     `None`.
     """
     targets = np.zeros((2, len(window.token_ids)), "int32")
-    targets[:, window.first : -1] = window.possible
+    targets[:, window.first : -1] = window.possible.T
     targets[:, -1] = 1
     begins, ends = window.offsets.T
+    first, last = window.possible.T
     held = partly = False
     for start, end in spans:
-        inside = np.flatnonzero((ends > start) & (begins < end))
-        if not window.possible[inside].any():
-            continue
-        if begins[inside[0]] <= start and ends[inside[-1]] >= end:
+        opening = np.flatnonzero(first & (begins <= start) & (start < ends))
+        closing = np.flatnonzero(last & (begins < end) & (end <= ends))
+        if opening.size and closing.size:
             held = True
-            targets[(0, 1), window.first + inside[window.possible[inside]][[0, -1]]] = 2
-        else:
+            targets[(0, 1), (window.first + opening[0], window.first + closing[-1])] = 2
+        elif ((ends > start) & (begins < end)).any():
             partly = True
     if partly and not held:
         return None
@@ -236,16 +262,24 @@ def span_targets(window: Window, spans: Sequence[tuple[int, int]]) -> np.ndarray
     return targets
 
 
-def training_columns(rows: Sequence[Question], found: Windows) -> dict[str, list[np.ndarray]]:
+def training_columns(rows: Sequence[Question], found: Windows, streamed: bool = False) -> dict[str, list[np.ndarray]]:
     """Rows of `token_ids`, and of targets `starts` and `ends`, int32 (T,) each, for the windows that teach something.
 
+    A batch that is `streamed` may hold none: then it is a window of which every place is right, so that loss and
+    gradient are 0.
+
     Raises:
-        ValueError: if none does.
+        ValueError: if none of those in memory does.
     """
     pairs = [(window, span_targets(window, rows[window.row].spans)) for window in found]
     kept = [(window.row, window.token_ids, *targets) for window, targets in pairs if targets is not None]
     lost = len(rows) - len({row for row, *_ in kept})
     hint = "Raise the preprocessor's `sequence_length`, or `stride`."
+    if not kept and streamed:
+        nothing = np.zeros((2, len(found[0].token_ids)), "int32")
+        nothing[:, found[0].first : -1] = 2 * found[0].possible.T
+        nothing[:, -1] = 2
+        kept = [(0, found[0].token_ids, *nothing)]
     if not kept:
         raise invalid("An answer must fit into a window.", hint, answer=rows[0].answers[0])
     if lost:
@@ -268,7 +302,7 @@ class Span(NamedTuple):
 def best_span(window: Window, logits: np.ndarray, longest: int) -> Span:
     """The most probable span of at most `longest` tokens of the context, by logits float32 (T, 2) of a window."""
     context = slice(window.first, window.first + len(window.possible))
-    known = np.concatenate([np.where(window.possible[:, None], logits[context], -np.inf), logits[None, context.stop]])
+    known = np.concatenate([np.where(window.possible, logits[context], -np.inf), logits[None, context.stop]])
     known = known.astype("float64")
     shifted = known - known.max(axis=0)
     log_probs = shifted - np.log(np.exp(shifted).sum(axis=0))
@@ -292,7 +326,8 @@ def best_answers(
         by_row[window.row].append(best_span(window, values, longest))
     for row, spans in zip(rows, by_row.values(), strict=True):
         best, none = max(spans, key=lambda span: span.score), min(span.none for span in spans)
-        if threshold is not None and none - best.score > threshold:
+        unsure = threshold is not None and none - best.score > threshold
+        if unsure or np.isinf(best.score):  # no span is as short as `longest`
             yield {"text": "", "start": None, "end": None, "score": float(np.exp(none))}
             continue
         text = row.context[best.start : best.end]

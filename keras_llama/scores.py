@@ -3,7 +3,6 @@
 import difflib
 import re
 import string
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import keras
 
 from keras_llama.config import invalid
-from keras_llama.subword import IDEOGRAPH
 
 
 def translation_scores(
@@ -59,10 +57,11 @@ def _sacrebleu(tokenize):
 def answer_scores(answers: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, float]:
     """Exact match and F1 of answers, both from 0 to 100, each against the reference that suits it best.
 
-    Where an answer or its reference holds Chinese, as CMRC 2018 has it (https://arxiv.org/abs/1810.07366): of Chinese
-    characters and of words of other scripts, punctuation left out, F1 by the longest run that both share. Else as SQuAD
-    has it (https://arxiv.org/abs/1606.05250): of words, without case, punctuation and articles, F1 by the words that
-    both share.
+    Where an answer or its reference holds Chinese, as the script of CMRC 2018 does (https://arxiv.org/abs/1810.07366):
+    without case and the punctuation that it lists, exact match of what is left, F1 by the longest run that both share
+    of Chinese characters, words of other scripts and other marks; words are cut by a pattern, where it takes NLTK. Else
+    as SQuAD has it (https://arxiv.org/abs/1606.05250): of words, without case, punctuation and articles, F1 by the
+    words that both share.
 
     Args:
         answers: one for each question, "" for none.
@@ -89,22 +88,28 @@ def answer_scores(answers: Sequence[str], references: Sequence[str | Sequence[st
 
 def _answer_score(answer: str, reference: str) -> tuple[float, float]:
     """Exact match and F1 of one answer, from 0 to 1."""
-    chinese = bool(re.search(IDEOGRAPH, answer + reference))
-    found, wanted = (_units(text, chinese) for text in (answer, reference))
-    if not (found and wanted):
-        return (float(found == wanted),) * 2
-    if chinese:
+    if re.search(_CHINESE, answer + reference):
+        texts = [text.lower().strip().translate(_LEFT_OUT) for text in (answer, reference)]
+        found, wanted = (_SEGMENT.findall(text) for text in texts)
+        exact = texts[0] == texts[1]
         same = difflib.SequenceMatcher(None, found, wanted, autojunk=False).find_longest_match().size
     else:
+        found, wanted = (_words(text) for text in (answer, reference))
+        exact = found == wanted
         same = (Counter(found) & Counter(wanted)).total()
-    return float(found == wanted), 2 * same / (len(found) + len(wanted))
+    both = len(found) + len(wanted)
+    return float(exact), 2 * same / both if both else float(exact)
 
 
-def _units(text: str, chinese: bool) -> list[str]:
-    """What an answer is compared by: Chinese characters and words, or words alone."""
-    if chinese:
-        plain = "".join(" " if unicodedata.category(c)[0] in "PS" else c for c in text.lower())
-        return re.findall(f"{IDEOGRAPH}|(?:(?!{IDEOGRAPH})\\S)+", plain)
+# What the script of CMRC 2018 takes for Chinese, and what it leaves out; spaces and "%" stay.
+_CHINESE = "[\u4e00-\u9fa5]"
+_LEFT_OUT = str.maketrans("", "", "-:_*^/\\~`+=，。：？！“”；’《》·、「」（）－～『』")
+_WORD = rf"(?:(?!{_CHINESE})\w)+"
+_SEGMENT = re.compile(rf"{_CHINESE}|{_WORD}(?:[.,]{_WORD})*|[^\w\s]")  # a number with its point is a word
+
+
+def _words(text: str) -> list[str]:
+    """What SQuAD compares."""
     plain = "".join(c for c in text.lower() if c not in string.punctuation)
     return re.sub(r"\b(a|an|the)\b", " ", plain).split()
 

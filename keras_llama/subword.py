@@ -89,6 +89,15 @@ class BytePairTokenizer(Tokenizer):
         return self._plain.decode_batch(rows, skip_special_tokens)
 
     @functools.cached_property
+    def within_ids(self) -> frozenset[int]:
+        decoder = self._plain.decoder
+        if decoder is None or b"ByteLevel" not in decoder.__getstate__():
+            return super().within_ids
+        letters = {chr(code) for byte, code in tokenizer_files.byte_characters().items() if 0x80 <= byte < 0xC0}
+        vocabulary = self._plain.get_vocab(with_added_tokens=False)
+        return frozenset(i for token, i in vocabulary.items() if token[:1] in letters)
+
+    @functools.cached_property
     def _frame(self) -> tuple[list[int], list[int]]:
         """Ids that the reference puts before and after a text."""
         processor = self._plain.post_processor

@@ -16,6 +16,7 @@ from keras_llama.config import invalid
 from keras_llama.tokenizer_files import MODEL
 
 _GUARD = "\ue000"  # of the private use area: breaks up a control token that stands in a user's words
+_WITHIN = re.compile("<0x[89AB][0-9A-F]>")  # a byte of UTF-8 that does not begin a character
 
 
 class Tokenizer:
@@ -90,6 +91,11 @@ class Tokenizer:
         """Ids of the tokens whose text is blank, or that have none."""
         texts = self.decode([[i] for i in range(self.vocabulary_size)])
         return frozenset(i for i, text in enumerate(texts) if not text.strip())
+
+    @functools.cached_property
+    def within_ids(self) -> frozenset[int]:
+        """Ids of the tokens that begin within a character, of which an earlier token has the first byte."""
+        return frozenset(i for i in range(self.vocabulary_size) if _WITHIN.fullmatch(self._token(i)))
 
     @property
     def bos_id(self) -> int:

@@ -35,16 +35,18 @@ def read(path=PASSAGES):
     counts = {"answers": 0, "moved": 0, "absent": 0, "empty": 0}
     for context, asked in _paragraphs(path):
         place = f"{path}: question {asked.get('id', len(rows))}"
-        question, given = asked.get("question"), asked.get("answers", [])
+        question = asked.get("question")
         if question == "":
             counts["empty"] += 1
             continue
+        given = _records(asked, place)
         texts = [answer.get("text") for answer in given]
         for name, text in (("context", context), ("question", question), *(("answer", text) for text in texts)):
             if not isinstance(text, str) or not text.strip():
                 raise common.DataError(f"{place}: expected {name} to be a text. Received: {text!r}.")
         here = [answer for answer in given if answer["text"] in context]
-        moved = [a for a in here if not context.startswith(a["text"], max(a.get("answer_start", -1), 0))]
+        placed = [answer for answer in here if answer.get("answer_start") is not None]
+        moved = [a for a in placed if not context.startswith(a["text"], max(a["answer_start"], 0))]
         found = {"answers": len(given), "moved": len(moved), "absent": len(given) - len(here)}
         counts = {name: count + found.get(name, 0) for name, count in counts.items()}
         rows.append(Row(context, question, texts, here, place))
@@ -59,6 +61,24 @@ def read(path=PASSAGES):
     return rows
 
 
+def _records(asked, place):
+    """The answers of a question, a list of text and answer_start, which Hugging Face's data sets have as two columns.
+
+    A question that has no `answers` says by `is_impossible` that there are none: else it is of a blind test.
+    """
+    given = asked.get("answers", [] if asked.get("is_impossible") is True else None)
+    if isinstance(given, dict):
+        texts, starts = (given.get(name) for name in ("text", "answer_start"))
+        if isinstance(texts, list) and isinstance(starts, list) and len(texts) == len(starts):
+            given = [{"text": text, "answer_start": start} for text, start in zip(texts, starts, strict=True)]
+    good = isinstance(given, list) and all(isinstance(answer, dict) for answer in given)
+    if not good or not all(type(answer.get("answer_start")) in (int, type(None)) for answer in given):
+        raise common.DataError(
+            f"{place}: expected answers, a list of text and answer_start, [] for none. Received: {str(given)[:80]}."
+        )
+    return given
+
+
 def _paragraphs(path):
     try:
         document = json.loads(pathlib.Path(path).read_text(encoding="utf-8-sig"))
@@ -71,6 +91,15 @@ def _paragraphs(path):
         raise common.DataError(
             f"{path}: expected SQuAD's JSON, data > paragraphs > context and qas ({error!r})."
         ) from error
+
+
+def apart(rows, test):
+    """The rows whose context the test data have not; says how many are left out."""
+    known = {row.context for row in test}
+    kept = [row for row in rows if row.context not in known]
+    if len(kept) < len(rows):
+        print(f"{len(rows) - len(kept)} training questions left out: their context is in the test data.")
+    return kept
 
 
 def learnable(rows):

@@ -61,7 +61,7 @@ def crops(rows, length, without=0.0, seed=0):
 
     generator = np.random.default_rng(seed)
     cropped: list[dict] = []
-    for question, context, _, spans in checked(rows, found=Counter()):
+    for question, context, texts, spans in checked(rows, found=Counter()):
         if not spans:
             cropped.append({"question": question, "context": context[:length], "answers": []})
             continue
@@ -71,7 +71,8 @@ def crops(rows, length, without=0.0, seed=0):
         at = int(generator.integers(max(0, end - length), min(start, max(len(context) - length, 0)) + 1))
         answer = {"text": context[start:end], "answer_start": start - at}
         cropped.append({"question": question, "context": context[at : at + length], "answers": [answer]})
-        elsewhere = [side for side in (context[:start][:length], context[end:][-length:]) if len(side) > length // 2]
+        sides = (context[:start][:length], context[end:][-length:])
+        elsewhere = [s for s in sides if len(s) > length // 2 and not any(text in s for text in texts)]
         if elsewhere and generator.random() < without:
             side = elsewhere[generator.integers(len(elsewhere))]
             cropped.append({"question": question, "context": side, "answers": []})

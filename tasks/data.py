@@ -55,9 +55,10 @@ def _lines(path: str) -> list[str]:
     decoded = []
     for number, line in enumerate(lines, 1):
         try:
-            decoded.append(line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r"))
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r")
         except UnicodeDecodeError as error:
             raise DataError(f"{path}:{number}: expected UTF-8 text ({error.reason}). Convert the file.") from error
+        decoded.append(records.printable(text, f"{path}:{number}"))
     return decoded
 
 
@@ -170,22 +171,24 @@ def _generation_row(path: str, number: int, line: str) -> tuple[str, Any]:
     except ValueError as error:
         raise DataError(f"{path}:{number}: expected a JSON object ({error}).") from error
     if isinstance(row, dict) and set(row) == {"text"} and isinstance(row["text"], str) and row["text"].strip():
-        return row["text"], row["text"]
+        return row["text"], records.printable(row["text"], f"{path}:{number}")
     if not isinstance(row, dict) or set(row) not in ({"prompt", "response"}, {"messages"}):
         raise DataError(f"{path}:{number}: expected text, prompt and response, or messages. Received: {line[:80]}.")
     try:
         dialogue.dialogues([row], "row")
     except ValueError as error:
         raise DataError(f"{path}:{number}: {error}") from error
+    for text in row.values() if "prompt" in row else (message["content"] for message in row["messages"]):
+        records.printable(text, f"{path}:{number}")
     return line, row
 
 
 def text_lines(path: str) -> list[str]:
     """The lines of a text file that are not blank."""
-    lines = [(number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
+    lines = [line for line in _lines(path) if line.strip()]
     if not lines:
         raise DataError(f"{path}: expected at least one line of text. Received: an empty file.")
-    return [records.printable(line, f"{path}:{number}") for number, line in lines]
+    return lines
 
 
 def interface_rows() -> list[tuple[str, str, str]]:

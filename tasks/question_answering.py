@@ -18,7 +18,11 @@ from tasks import answers, baselines, common, memory, plots, readers
 def load(args):
     """Training, validation and test rows, apart by their contexts."""
     rows = answers.read(args.data or answers.PASSAGES)
-    train, test = (rows, answers.read(args.test_data)) if args.test_data else common.split(rows, 0.2)
+    if args.test_data:
+        test = answers.read(args.test_data)
+        train = answers.apart(rows, test)
+    else:
+        train, test = common.split(rows, 0.2)
     train, validation = common.split(answers.learnable(train), 0.1)
     train, validation, test = (common.sample(part, args.limit) for part in (train, validation, test))
     if not (train and validation and test):
@@ -33,12 +37,13 @@ def run(args, model, trains, train_rows, validation, test):
 
     print(f"{len(train_rows)} questions to train on, {len(validation)} to validate, {len(test)} to test")
     model.summary()
-    started = time.perf_counter()
-    history = readers.train(model, args, train_rows, validation) if trains else {"loss": []}
-    seconds = time.perf_counter() - started
     output, passages = pathlib.Path(args.output_dir), list(dict.fromkeys(row.context for row in test))
     found = readers.retrieved(args, test, passages)
-    texts, references = readers.answer(model, args, test, found), [row.references for row in test]
+    asked = readers.ask(model, args, test, found)  # what does not fit is refused before the training
+    started = time.perf_counter()
+    history, speed = readers.train(model, args, train_rows, validation) if trains else ({}, 0.0)
+    seconds = time.perf_counter() - started
+    texts, references = readers.answer(model, args, asked), [row.references for row in test]
     scores = answer_scores(texts, references)
     floor = answer_scores(baselines.window_answers([(row.question, row.context) for row in test]), references)
     report = {
@@ -48,7 +53,7 @@ def run(args, model, trains, train_rows, validation, test):
         "rows": {"train": len(train_rows) if trains else 0, "validation": len(validation), "test": len(test)},
         "parameters": model.count_params(),
         "train_seconds": round(seconds, 1),
-        "examples_per_second": round(len(train_rows) * len(history["loss"]) / seconds, 1),
+        "examples_per_second": speed,
         **scores,
         "baseline": floor,
         "retrieved": sum(row.context in one for row, one in zip(test, found, strict=True)) / len(test),
@@ -58,10 +63,10 @@ def run(args, model, trains, train_rows, validation, test):
         ],
         "settings": vars(args),
     }
+    common.write_report(args.report or output / "metrics.json", report)
     if trains:
         plots.training(output / "training.png", history)
-        readers.deliver(model, args, output, test[:3])
-    common.write_report(args.report or output / "metrics.json", report)
+        readers.deliver(model, args, output, asked[:3])
     for row in report["samples"][:5]:
         print(f"{row['question']}  ->  {row['answer']}  ({row['references'][0] if row['references'] else 'no answer'})")
     for name, found in (("test", scores), ("the clause that shares most words with the question", floor)):
@@ -77,9 +82,15 @@ def interactive(model, args, rows):
     passages = list(dict.fromkeys(row.context for row in rows))
     for line in filter(str.strip, sys.stdin):
         question, _, context = map(str.strip, line.partition("\t"))
-        row = answers.Row(context, question, [], [], "input")
-        found = [[context]] if context else readers.retrieved(args, [row], passages)
-        print(readers.answer(model, args, [row._replace(context=found[0][0])], found)[0], flush=True)
+        try:
+            if not question:
+                raise common.DataError(f"Expected question or question<TAB>context. Received: {line!r}.")
+            row = answers.Row(context, question, [], [], "input")
+            found = [[context]] if context else readers.retrieved(args, [row], passages)
+            asked = readers.ask(model, args, [row._replace(context=found[0][0])], found)
+            print(readers.answer(model, args, asked)[0], flush=True)
+        except ValueError as error:
+            print(error, flush=True)
 
 
 def parser():
@@ -87,10 +98,11 @@ def parser():
     flags = common.parser("question_answering", __doc__, size="tiny", epochs=20, batch_size=32, learning_rate=2e-3)
     flags.add_argument("--mode", choices=readers.MODES, default=readers.MODES[0])
     flags.add_argument("--vocabulary-size", type=common.positive, default=8000)
-    flags.add_argument("--sequence-length", type=common.positive, default=384, help="tokens of a window")
-    flags.add_argument("--stride", type=common.natural, default=96, help="tokens that two windows share")
-    flags.add_argument("--max-answer-length", type=common.positive, default=48, help="tokens")
-    flags.add_argument("--no-answer-threshold", type=float, default=0.0, help="where some have no answer")
+    # Without a default: what --preset was saved with stays.
+    flags.add_argument("--sequence-length", type=common.positive, help="tokens of a window, or of prompt and answer")
+    flags.add_argument("--stride", type=common.natural, help="tokens that two windows share")
+    flags.add_argument("--max-answer-length", type=common.positive, help="tokens")
+    flags.add_argument("--no-answer-threshold", type=float, help="where some have no answer")
     flags.add_argument("--retrieve", type=common.positive, default=1, help="passages in a prompt; generative only")
     flags.add_argument("--dropout", type=common.share, default=0.1)
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.1)
@@ -117,7 +129,7 @@ def main(arguments=None):
         common.prepare_output(args)
         common.prepare_backend(args)
         keras.utils.set_random_seed(args.seed)
-        model = readers.build(args, parts[0])
+        model = readers.build(args, *parts[:2])
         if trains:
             common.choose_trainable(model, args)
             memory.check(model, args)

@@ -1,39 +1,85 @@
-"""Readers of both modes behind one set of functions: build, train, answer, deliver."""
+"""Readers of both modes behind one set of functions: build, train, ask, answer, deliver."""
 
-from tasks import answers, baselines, cloze, common
+import math
+import time
+
+from tasks import answers, baselines, cloze, common, prompts
 
 MODES = ("extractive", "generative")
+SEQUENCE_LENGTH, STRIDE, MAX_ANSWER_LENGTH = 384, 96, 48  # unless flags, or settings saved with --preset, say otherwise
+_OPTIONS = ("stride", "max_answer_length", "no_answer_threshold")
 
 
-def build(args, rows):
-    """A model of --mode over a vocabulary learned from the training rows, or that of --preset."""
+def build(args, rows, validation=()):
+    """A model of --mode over a vocabulary learned from the training rows, or that of --preset.
+
+    What the flags leave open is in `args` afterwards as the model has it.
+    """
     import keras_llama
 
     extractive = args.mode == MODES[0]
     if (args.pretrain_epochs and args.preset) or (not extractive and (args.pretrain_epochs or args.cloze)):
         raise common.DataError("--cloze is for an extractive reader, --pretrain-epochs for one from scratch.")
     cls = keras_llama.LlamaQuestionAnswering if extractive else keras_llama.LlamaCausalLM
-    if args.preset and args.preset.endswith(".keras"):
-        return common.from_preset(args, cls)
-    options = {"stride": args.stride, "max_answer_length": args.max_answer_length} if extractive else {}
-    if extractive and any(not row.references for row in rows):
-        options["no_answer_threshold"] = args.no_answer_threshold
-    if args.preset:
-        return common.from_preset(args, cls, **options)
+    own = bool(args.preset) and _has_settings(args.preset, cls)
+    if not (own and extractive):
+        args.stride = STRIDE if args.stride is None else args.stride
+        args.max_answer_length = args.max_answer_length or MAX_ANSWER_LENGTH
+    model = _loaded(args, cls, own) if args.preset else _new(args, cls, rows)
+    args.sequence_length = model.preprocessor.sequence_length
+    if extractive:
+        for name in _OPTIONS:
+            if getattr(args, name) is None:
+                setattr(args, name, getattr(model, name))
+            setattr(model, name, getattr(args, name))
+        if model.no_answer_threshold is None and any(not row.references for row in (*rows, *validation)):
+            args.no_answer_threshold = model.no_answer_threshold = 0.0
+    return model
+
+
+def _has_settings(preset, cls):
+    """Whether a preset is a model of this mode that was saved with settings of its own."""
+    from keras_llama.checkpoints import presets
+
+    if preset.endswith(".keras"):
+        return True
+    checkpoint = presets.open_checkpoint(preset)
+    return checkpoint.head == cls.head and "preprocessor" in checkpoint.options
+
+
+def _loaded(args, cls, own):
+    """The model of --preset, for texts as long as --sequence-length or its settings say."""
+    model = common.from_preset(args, cls)
+    text, context = model.preprocessor, model.backbone.config.context_length
+    if args.sequence_length:
+        if context and args.sequence_length > context:
+            raise common.DataError(f"--sequence-length {args.sequence_length}: the context has {context} tokens.")
+        text.sequence_length = args.sequence_length
+    elif not args.data and args.mode == MODES[1]:
+        text.sequence_length = context or text.sequence_length  # it is asked as it is
+    elif not own:
+        text.sequence_length = min(SEQUENCE_LENGTH, text.sequence_length)
+    return model
+
+
+def _new(args, cls, rows):
+    import keras_llama
+
     # A Chinese character is the same token in the question and in the context, whatever words it is of.
     texts = answers.texts_of(rows)
     tokenizer = keras_llama.SentencePieceTokenizer.train(texts, args.vocabulary_size, split_ideographs=True)
+    length = args.sequence_length or SEQUENCE_LENGTH
+    extractive = args.mode == MODES[0]
     backbone = keras_llama.LlamaBackbone(
         vocabulary_size=tokenizer.vocabulary_size,
         **keras_llama.size(args.size),
         dropout=args.dropout,
         causal=not extractive,
-        context_length=args.sequence_length,
+        context_length=length,
         dtype=args.precision,
     )
-    preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length)
     own = {"dropout": args.dropout, "question_overlap": True} if extractive else {}
-    return cls(backbone, preprocessor, **options, **own)
+    return cls(backbone, keras_llama.TextPreprocessor(tokenizer, length), **own)
 
 
 def pretrain(args, reader, texts):
@@ -52,55 +98,42 @@ def pretrain(args, reader, texts):
 
 
 def train(model, args, rows, validation):
-    """Fits, and keeps the weights of the best epoch."""
+    """Fits, keeps the weights of the best epoch; the history, and questions per second of the epochs run now."""
     import keras
 
     data, held = (fit_arguments(model, args, part) for part in (rows, validation))
+    made = cloze.questions(list(dict.fromkeys(row.context for row in rows)), args.cloze, args.seed)
+    if args.cloze and not made:
+        raise common.DataError("--cloze: expected contexts with sentences of four words or more. Received: none.")
     if args.pretrain_epochs:
         pretrain(args, model, answers.pieces(rows, args.sequence_length))
-    if args.cloze:
-        made = cloze.questions(list(dict.fromkeys(row.context for row in rows)), args.cloze, args.seed)
+    if made:
         model.compile(**common.compile_options(model, args, len(model.encode(made)["token_ids"]), 1))
         common.fit(args, model, "cloze", made, batch_size=args.batch_size)
     model.compile(**common.compile_options(model, args, len(model.encode(data)["token_ids"])))
     best = keras.callbacks.EarlyStopping("val_loss", patience=args.patience, restore_best_weights=True)
+    epochs = []
+    counting = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epochs.append(epoch))
     options = {"batch_size": args.batch_size, "epochs": args.epochs, "validation_data": (held,)}
     with common.profiled(args) as profile:
-        return common.fit(args, model, "reader", data, callbacks=[best, *profile], **options).history
+        started = time.perf_counter()
+        history = common.fit(args, model, "reader", data, callbacks=[best, counting, *profile], **options).history
+        seconds = time.perf_counter() - started
+    return history, round(len(data) * len(epochs) / seconds, 1)
 
 
 def fit_arguments(model, args, rows):
     """What `fit` takes: questions with answers, or prompts with a response each."""
-    if args.mode == MODES[0]:
-        return [{"question": row.question, "context": row.context, "answers": row.answers} for row in rows]
-    own = [[row.context] for row in rows]
-    return [
-        chat(prompt, row.answers[0]["text"]) if model.preprocessor.tokenizer.chat_template
-        else {"prompt": prompt, "response": row.answers[0]["text"]}
-        for prompt, row in zip(prompts(model, args, rows, own), rows, strict=True) if row.answers
-    ]  # fmt: skip
+    if args.mode != MODES[0]:
+        return prompts.learned(model, args, rows)
+    return [{"question": row.question, "context": row.context, "answers": row.answers} for row in rows]
 
 
-def chat(prompt, response):
-    """A conversation of one answer."""
-    roles = {"user": prompt, "assistant": response}
-    return {"messages": [{"role": role, "content": content} for role, content in roles.items()]}
-
-
-def prompts(model, args, rows, contexts):
-    """What a language model answers: the contexts found for each question, cut to what leaves it room, and that."""
-    tokenizer = model.preprocessor.tokenizer
-    texts = ["\n".join(found) for found in contexts]
-    asked = [f"\n\n{row.question}\n" for row in rows]
-    found = []
-    for context, question, ids in zip(texts, asked, tokenizer.encode(asked), strict=True):
-        room = model.preprocessor.sequence_length - args.max_answer_length - len(ids) - _OF_CHAT
-        (tokens,) = tokenizer.encode([context])
-        found.append((context if len(tokens) <= room else tokenizer.decode([tokens[: max(room, 1)]])[0]) + question)
-    return found
-
-
-_OF_CHAT = 32  # tokens that a chat template writes around a message
+def ask(model, args, rows, contexts):
+    """(context, question) of each row as `answer` takes them; a language model reads the `contexts` found for it."""
+    if args.mode != MODES[0]:
+        return prompts.fitted(model, args, rows, contexts)
+    return [(row.context, row.question) for row in rows]
 
 
 def retrieved(args, rows, contexts):
@@ -109,36 +142,44 @@ def retrieved(args, rows, contexts):
     return [[contexts[i] for i in found] for found in places]
 
 
-def answer(model, args, rows, contexts):
-    """The answer to each row's question: a part of its context, or generated from the `contexts` found for it."""
+def answer(model, args, asked):
+    """The answer to each of `ask`: a part of its context, or generated."""
     if args.mode == MODES[0]:
-        return [found["text"] for found in model.answer([row.question for row in rows], [row.context for row in rows])]
+        contexts, questions = map(list, zip(*asked, strict=True))
+        return [found["text"] for found in model.answer(questions, contexts)]
     options = {"max_new_tokens": args.max_answer_length, "temperature": 0}
-    asked = prompts(model, args, rows, contexts)
+    whole = ["".join(pair) for pair in asked]
     if model.preprocessor.tokenizer.chat_template:
-        texts = [model.chat(prompt, **options) for prompt in asked]
+        texts = [model.chat(prompt, **options) for prompt in whole]
     else:
-        texts = model.generate(asked, strip_prompt=True, **options)
+        texts = model.generate(whole, strip_prompt=True, **options)
     return [text.strip().split("\n")[0] for text in texts]
 
 
-def deliver(model, args, output, rows):
+def deliver(model, args, output, asked):
     """Saves, reloads, exports and serves a reader, and raises if any of them answers otherwise."""
     import keras
 
     if args.mode != MODES[0]:
         common.deliver_preset(model, output)
         return
-    expected = answer(model, args, rows, None)
+    contexts, questions = map(list, zip(*asked, strict=True))
+    expected = model.answer(questions, contexts)
     model.save(output / "model.keras")
-    if answer(keras.saving.load_model(output / "model.keras"), args, rows, None) != expected:
-        raise RuntimeError("The reloaded model answers otherwise.")
+    check("reloaded", contexts, expected, keras.saving.load_model(output / "model.keras").answer(questions, contexts))
     print(f"{output / 'model.keras'}: reloaded, the same answers")
     common.deliver_adapter(model, output)
-    asked = {"questions": [row.question for row in rows], "contexts": [row.context for row in rows]}
-    served = common.exported(model, output / "saved_model", asked)
+    served = common.exported(model, output / "saved_model", {"questions": questions, "contexts": contexts})
     if served is None:
         return
-    if served["texts"] != expected:
-        raise RuntimeError(f"The exported model answers otherwise: {served['texts']}.")
+    pairs = zip(served["texts"], served["scores"], strict=True)
+    check("exported", contexts, expected, [{"text": text, "score": score} for text, score in pairs])
     print(f"{output / 'saved_model'}: served by a fresh process, the same answers")
+
+
+def check(name, contexts, expected, found):
+    """Raises unless answers are the same; of two that are as probable but for rounding either may be given."""
+    for context, one, other in zip(contexts, expected, found, strict=True):
+        tie = other["text"] in context and math.isclose(one["score"], other["score"], rel_tol=1e-3)
+        if other["text"] != one["text"] and not tie:
+            raise RuntimeError(f"The {name} model answers otherwise: {other} instead of {one}.")

@@ -1,14 +1,17 @@
 """The question answering recipe end to end on small data, and what it refuses with exit code 2."""
 
+import argparse
 import io
 import json
 import time
+import types
 
 import keras
+import numpy as np
 import pytest
 
 import keras_llama
-from tasks import answers, baselines, common, question_answering, readers
+from tasks import answers, baselines, cloze, common, question_answering, readers
 
 THINGS = {"ball": "box", "cup": "bag", "book": "bed", "key": "car", "coin": "hat", "ring": "tin"}
 COLOURS = ("red", "blue", "green", "black")
@@ -52,12 +55,14 @@ def test_trains_scores_answers_and_exports(squad, tmp_path, capsys, monkeypatch)
     assert "make no reader" not in printed  # said of the default data only
     model = keras.saving.load_model(output / "model.keras")
     context = "The red cup is in the bag."
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"Where is the cup?\t{context}\n\nWhere is the ring?\n"))
+    asked = f"\t{context}\nWhere is the cup?\t{context}\n\nWhere is the ring?\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(asked))
     run("--preset", output / "model.keras", "--data", squad, "--interactive", "--epochs", 1, *FAST, "--limit", 20,
         "--output-dir", output)  # fmt: skip
     again = keras.saving.load_model(output / "model.keras")
-    told = capsys.readouterr().out.splitlines()[-2:]
-    assert told[0] == again.answer("Where is the cup?", context)["text"]
+    told = capsys.readouterr().out.splitlines()[-3:]
+    assert "Expected question or question<TAB>context. Received: '\\tThe red cup" in told[0]  # and goes on
+    assert told[1] == again.answer("Where is the cup?", context)["text"]
     assert model.count_params() == again.count_params()
 
 
@@ -74,21 +79,203 @@ def test_generates_answers_by_prompts_and_by_chat(squad, chat_lm, tmp_path, caps
     chat_lm.save_to_preset(tmp_path / "preset")
     few = ["--preset", tmp_path / "preset", "--trainable", "lora", "--lora-rank", 2, "--sequence-length", 190]
     run(*flags, *few, "--output-dir", tmp_path / "chat")
-    assert keras_llama.LlamaCausalLM.from_preset(tmp_path / "chat" / "preset").chat("Where?", 2) is not None
+    logits = [
+        keras_llama.LlamaCausalLM.from_preset(path / "preset").predict(["Where?"], verbose=0)
+        for path in (tmp_path, tmp_path / "chat")
+    ]
+    assert np.abs(logits[0] - logits[1]).max() > 1e-4
     run("--mode", "generative", "--preset", tmp_path / "preset", *FAST, "--sequence-length", 190, "--limit", 2,
         "--output-dir", tmp_path / "asked")  # fmt: skip
     assert json.loads((tmp_path / "asked" / "metrics.json").read_text())["rows"]["train"] == 0
+    assert [path.name for path in (tmp_path / "asked").iterdir()] == ["metrics.json"]  # nothing was trained
 
 
-def test_prompts_leave_room_for_the_answer(squad, chat_lm):
+def test_prompts_leave_room_for_the_answer(squad, chat_lm, capsys):
     rows = answers.read(squad)[:1]
-    args = type("Args", (), {"mode": "generative", "max_answer_length": 8})
+    args = argparse.Namespace(mode="generative", max_answer_length=8)
     chat_lm.preprocessor.sequence_length = 90
-    (prompt,) = readers.prompts(chat_lm, args, rows, [["a long text " * 90]])
-    assert prompt.endswith("\n\nWhere is the ball?\n")
-    assert len(chat_lm.preprocessor.tokenizer.encode([prompt])[0]) <= 90 - 8
-    (row,) = readers.fit_arguments(chat_lm, args, rows)
-    assert row["messages"][1] == {"role": "assistant", "content": "the box"}
+    ((context, question),) = readers.ask(chat_lm, args, rows, [["a long text " * 90]])
+    assert question == "\n\nWhere is the ball?\n"
+    asked = [{"role": "user", "content": context + question}]
+    assert 78 <= len(chat_lm.preprocessor.tokenizer.encode_chat(asked)) <= 82
+    assert "1 of 1 contexts are cut: a prompt has 82 tokens." in capsys.readouterr().out
+    chat_lm.preprocessor.sequence_length = 190
+    far = rows[0]._replace(context="It is so. " * 40 + rows[0].context)
+    (row,) = readers.fit_arguments(chat_lm, args, [far, rows[0]])  # of the first the answer is cut off
+    content = f"{rows[0].context}\n\nWhere is the ball?\n"
+    assert row["messages"] == [{"role": "user", "content": content}, {"role": "assistant", "content": "the box"}]
+    assert "1 of 2 questions are left out: their answer was cut off." in capsys.readouterr().out
+    with pytest.raises(common.DataError, match="Expected prompts that hold their answer"):
+        readers.fit_arguments(chat_lm, args, [far])
+    chat_lm.preprocessor.sequence_length = 20
+    with pytest.raises(common.DataError, match="expected room for a question, some of its context"):
+        readers.ask(chat_lm, args, rows, [[rows[0].context]])
+
+
+def built(*flags, rows, validation=()):
+    args = question_answering.parser().parse_args([str(flag) for flag in flags])
+    return args, readers.build(args, rows, validation)
+
+
+SETTINGS = ("stride", "max_answer_length", "no_answer_threshold")
+
+
+@pytest.mark.plain
+def test_a_preset_keeps_its_settings_unless_flags_say_otherwise(squad, tmp_path):
+    rows = answers.read(squad)
+    nothing = [row._replace(references=[], answers=[]) for row in rows[:2]]
+    args, reader = built(*FAST, "--stride", 7, rows=rows)
+    assert [getattr(reader, name) for name in SETTINGS] == [7, 8, None]
+    assert built(*FAST, rows=rows, validation=nothing)[1].no_answer_threshold == 0
+    reader.save(tmp_path / "reader.keras")
+    reader.save_to_preset(tmp_path / "reader")
+    for preset in (tmp_path / "reader.keras", tmp_path / "reader"):
+        args, again = built("--preset", preset, rows=rows)
+        for found in (args, again):
+            assert [getattr(found, name) for name in SETTINGS] == [7, 8, None]
+        assert args.sequence_length == again.preprocessor.sequence_length == 64
+        given = ["--stride", 0, "--max-answer-length", 3, "--no-answer-threshold", 0.5, "--sequence-length", 32]
+        args, again = built("--preset", preset, *given, rows=rows)
+        assert [getattr(again, name) for name in SETTINGS] == [0, 3, 0.5]
+        assert again.preprocessor.sequence_length == 32
+        assert built("--preset", preset, rows=[*rows, *nothing])[1].no_answer_threshold == 0
+        with pytest.raises(ValueError, match="context"):
+            built("--preset", preset, "--sequence-length", 65, rows=rows)
+
+
+@pytest.mark.plain
+def test_a_language_model_is_made_a_reader_by_the_recipes_settings(squad, chat_lm, tmp_path):
+    rows = answers.read(squad)
+    chat_lm.save_to_preset(tmp_path / "lm")
+    args, reader = built("--preset", tmp_path / "lm", rows=rows)
+    assert [getattr(reader, name) for name in SETTINGS] == [96, 48, None]
+    for flags, length in (([], 200), (["--data", squad], 64), (["--sequence-length", 99], 99)):  # 200 is its context
+        args, lm = built("--preset", tmp_path / "lm", "--mode", "generative", *flags, rows=rows)
+        assert args.sequence_length == lm.preprocessor.sequence_length == length
+        assert args.max_answer_length == 48
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("not_exported")
+def test_questions_without_an_answer(squad, tmp_path):
+    """A reader that always gave one learns to give none."""
+    readers.build(question_answering.parser().parse_args(FAST), answers.read(squad)).save(tmp_path / "reader.keras")
+    asked = [article(*pair, c, answers=[], is_impossible=True) for pair in list(THINGS.items())[:3] for c in COLOURS]
+    path = write(tmp_path / "2.json", [*json.loads(squad.read_text())["data"][12:], *asked])
+    output = tmp_path / "out"
+    run("--data", path, "--preset", tmp_path / "reader.keras", "--epochs", 1, "--output-dir", output)
+    assert json.loads((output / "metrics.json").read_text())["settings"]["no_answer_threshold"] == 0
+    assert keras.saving.load_model(output / "model.keras").no_answer_threshold == 0
+    run("--data", path, *FAST, "--epochs", 1, "--no-answer-threshold", -50, "--output-dir", output)  # hardly ever any
+    report = json.loads((output / "metrics.json").read_text())
+    assert all(row["answer"] == "" for row in report["samples"])
+    unanswered = [not row["references"] for row in report["samples"]]
+    assert report["exact_match"] == 100 * sum(unanswered) / len(unanswered)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("not_exported")
+@pytest.mark.parametrize("trainable", ["lora", "head"])
+def test_trains_little_of_a_checkpoint(squad, chat_lm, tmp_path, trainable, capsys):
+    chat_lm.save_to_preset(tmp_path / "lm")
+    flags = ["--preset", tmp_path / "lm", "--trainable", trainable, "--epochs", 1, "--output-dir", tmp_path / "out"]
+    run("--data", squad, *flags)
+    assert "has no qa_outputs.bias, qa_outputs.weight: drawn at random" in capsys.readouterr().out
+    model = keras.saving.load_model(tmp_path / "out" / "model.keras")
+    assert (tmp_path / "out" / "adapter").is_dir() == (trainable == "lora")
+    base = keras.ops.convert_to_numpy(chat_lm.backbone.token_embedding.embeddings)
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(model.backbone.token_embedding.embeddings), base)
+
+
+@pytest.mark.plain
+def test_the_report_is_written_before_anything_is_delivered(squad, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("The exported model answers otherwise")
+
+    monkeypatch.setattr(readers, "train", lambda *_: ({"loss": [1.0]}, 1.0))
+    monkeypatch.setattr(readers, "deliver", fail)
+    with pytest.raises(RuntimeError, match="answers otherwise"):
+        run("--data", squad, *FAST, "--output-dir", tmp_path)
+    assert json.loads((tmp_path / "metrics.json").read_text())["examples_per_second"] == 1
+
+
+@pytest.mark.plain
+def test_of_answers_as_probable_either_may_be_given():
+    one = [{"text": "red", "score": 0.5}]
+    readers.check("reloaded", ["red, blue"], one, [{"text": "blue", "score": 0.50001}])
+    for text, score in (("blue", 0.51), ("green", 0.5)):
+        with pytest.raises(RuntimeError, match="The reloaded model answers otherwise"):
+            readers.check("reloaded", ["red, blue"], one, [{"text": text, "score": score}])
+
+
+@pytest.mark.plain
+def test_the_speed_is_of_the_epochs_that_are_run_now(squad, monkeypatch):
+    rows = answers.read(squad)
+    args, model = built(*FAST, "--cloze", 1, rows=rows)
+    clock = [0.0]
+
+    def fit(args, model, name, data, callbacks=(), **_):
+        clock[0] += {"cloze": 100, "reader": 4}[name]
+        for callback in callbacks:
+            if isinstance(callback, keras.callbacks.LambdaCallback):
+                callback.on_epoch_begin(3, {})
+        return types.SimpleNamespace(history={"loss": [1.0] * 4})  # three of them before an interruption
+
+    monkeypatch.setattr(common, "fit", fit)
+    monkeypatch.setattr(readers, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    assert readers.train(model, args, rows, rows)[1] == len(rows) / 4
+
+
+def test_contexts_of_the_test_data_are_not_trained_on(squad, tmp_path, capsys):
+    test = write(tmp_path / "test.json", json.loads(squad.read_text())["data"][:5])
+    args = question_answering.parser().parse_args(["--data", str(squad), "--test-data", str(test)])
+    train, validation, test = question_answering.load(args)
+    assert len(train) + len(validation) == 19
+    assert len(test) == 5
+    assert not {row.context for row in test} & {row.context for row in train + validation}
+    assert "5 training questions left out: their context is in the test data." in capsys.readouterr().out
+
+
+@pytest.mark.plain
+def test_questions_are_made_of_sentences():
+    contexts = [
+        "An old ferry crosses this river at noon on weekdays.",
+        "长江发源于青藏高原，在上海附近注入东方。",
+        "短句。",
+        "Between 1870 and 1912 every mill ground oats for 300 farms.",
+    ]
+    rows = cloze.questions(contexts, 20, seed=1)
+    assert rows == cloze.questions(contexts, 20, seed=1)
+    assert [sum(row["context"] == context for row in rows) for context in contexts] == [20, 20, 0, 20]
+    words = [word for asking in cloze._ASKING.values() for word in asking]
+    for row in rows:
+        ((text, start),) = [tuple(answer.values()) for answer in row["answers"]]
+        assert row["context"].startswith(text, start)
+        assert any(word in row["question"] for word in words)
+        assert not set(cloze._WORD.findall(text)) & set(cloze._WORD.findall(row["question"])), row
+        chinese = row["context"] == contexts[1]
+        assert row["question"][-1] == ("？" if chinese else "?")
+        numbers = any(character.isdigit() for character in text)
+        assert numbers == any(word in row["question"] for word in cloze._ASKING[chinese, True])
+    assert len({row["question"] for row in rows}) > 30
+
+
+@pytest.mark.plain
+def test_crops_hold_the_answer_or_nothing_like_it():
+    context = "a b c. " * 30 + "The key is in the car. " + "d e f. " * 30
+    row = {"question": "Where is the key?", "context": context, "answers": "the car"}
+    found = cloze.crops([row] * 20, 60, without=1.0)
+    held = [crop for crop in found if crop["answers"]]
+    assert len(held) == len(found) - len(held) == 20
+    assert all(len(crop["context"]) == 60 for crop in found)
+    assert len({crop["context"] for crop in held}) > 5
+    for crop in held:
+        assert crop["context"].startswith("the car", crop["answers"][0]["answer_start"])
+    twice = {**row, "context": f"I see the car. {context}", "answers": {"text": "the car", "answer_start": 239}}
+    for crop in cloze.crops([twice] * 20, 60, without=1.0):
+        assert bool(crop["answers"]) == ("the car" in crop["context"])
+    assert not any(crop["answers"] for crop in cloze.crops([{**row, "answers": []}], 60))
+    assert not cloze.crops([row], 5)  # shorter than the answer
 
 
 def test_the_default_data_are_questions_with_their_answers():
@@ -116,6 +303,16 @@ def test_wrong_places_and_answers_are_counted(tmp_path, capsys):
     assert [row.question for row in answers.learnable(rows)] == ["Where is the ball?", "Where is the key?"]
 
 
+def test_answers_without_a_place_and_in_columns(tmp_path, capsys):
+    columns = {"text": ["the box", "box"], "answer_start": [19, None]}
+    articles = [article("ball", "box", "red", answers=columns)]
+    articles.append(article("ball", "box", "red", answers=[{"text": "the box"}]))
+    del (asked := article("cup", "bag", "red", is_impossible=True))["paragraphs"][0]["qas"][0]["answers"]
+    rows = answers.read(write(tmp_path / "t.json", [*articles, asked]))
+    assert [row.references for row in rows] == [["the box", "box"], ["the box"], []]
+    assert "do not stand" not in capsys.readouterr().out
+
+
 def test_the_clause_most_like_the_question_is_the_floor():
     context = "Tom lives in Rome. Ann likes old films, and plays every day. The dog slept in the garden."
     asked = [(question, context) for question in ("Who slept?", "Where does Tom live?")]
@@ -141,6 +338,20 @@ BAD_FILES = {
     "no question": ({"question": None}, "question red ball: expected question to be a text"),
     "a blank question": ({"question": " "}, "question red ball: expected question to be a text"),
     "a number": ({"answers": [{"text": 3}]}, "question red ball: expected answer to be a text. Received: 3"),
+    "no answers": (
+        '{"data": [{"paragraphs": [{"context": "a", "qas": [{"id": 7, "question": "b"}]}]}]}',
+        "question 7: expected answers",
+    ),
+    "null": ({"answers": None}, "question red ball: expected answers, a list of text and answer_start"),
+    "strings": ({"answers": ["the box"]}, "question red ball: expected answers, a list of text and answer_start"),
+    "columns of two lengths": (
+        {"answers": {"text": ["the box"], "answer_start": []}},
+        "question red ball: expected answers, a list of text and answer_start",
+    ),
+    "a place that is no number": (
+        {"answers": [{"text": "the box", "answer_start": "23"}]},
+        "question red ball: expected answers, a list of text and answer_start",
+    ),
     "no data": ('{"data": []}', "expected at least one question"),
     "too few": ({}, "Expected questions to train, validate and test on. Received: 1"),
 }
@@ -160,6 +371,16 @@ def test_refuses_an_empty_context_and_a_missing_file(tmp_path, capsys):
     path = write(tmp_path / "t.json", [broken])
     assert "expected context to be a text. Received: ''" in refused(capsys, "--data", path)
     assert "none.json: cannot be read (No such file" in refused(capsys, "--data", tmp_path / "none.json")
+
+
+def test_refuses_before_the_training_what_would_fail_after_it(squad, tmp_path, capsys):
+    flags = [*FAST, "--output-dir", tmp_path / "out"]
+    asked = ["--mode", "generative", "--max-answer-length", 60]
+    assert "expected room for a question" in refused(capsys, "--data", squad, *flags, *asked)
+    short = [{"context": f"{c} {thing}", "qas": [{"question": "?", "answers": [{"text": c, "answer_start": 0}]}]}
+             for thing in THINGS for c in COLOURS]  # fmt: skip
+    path = write(tmp_path / "t.json", [{"paragraphs": short}])
+    assert "--cloze: expected contexts with sentences" in refused(capsys, "--data", path, *flags, "--cloze", 2)
 
 
 BAD_FLAGS = {

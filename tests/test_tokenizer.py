@@ -103,6 +103,21 @@ def test_blank_tokens_are_known(tokenizer):
     assert {tokenizer.bos_id, tokenizer.eos_id} <= tokenizer.blank_ids
 
 
+@pytest.mark.parametrize("make", ["tokenizer", "chat_tokenizer", _spelled, _rust])
+def test_tokens_within_a_character_are_known(request, make):
+    tokenizer = make() if callable(make) else request.getfixturevalue(make)
+    text = "x\U0001f680y\ubeef"  # in no vocabulary: four bytes and three
+    ids = tokenizer.encode([text])[0]
+    assert sum(i in tokenizer.within_ids for i in ids) == 5
+    characters = []
+    for i in ids:
+        if i in tokenizer.within_ids:
+            characters[-1].append(i)
+        else:
+            characters.append([i])
+    assert "".join(tokenizer.decode(characters)) == text
+
+
 @pytest.mark.parametrize("size", [10, 262])
 def test_refuses_a_vocabulary_that_cannot_hold_the_characters(size):
     with pytest.raises(ValueError, match="vocabulary_size="):

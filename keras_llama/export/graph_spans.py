@@ -14,6 +14,7 @@ from keras_llama.questions import longest_question, separator
 _FAR = -1e9
 _TOGETHER = 32  # windows that a model reads at a time, so that a context of any length takes bounded memory
 _ALL = 2**20  # tokens of a context
+_BLANK = r"[\s\pZ\v\x1c-\x1f\x{85}]"  # what Python's `strip` takes off
 
 
 class _Windows(NamedTuple):
@@ -39,11 +40,11 @@ class GraphSpans:
         import tensorflow as tf
 
         self._text, self._stride, self._longest, self._threshold = text, stride, longest, threshold
-        tokenizer = text.preprocessor.tokenizer
         self._end = separator(text.preprocessor)
-        speaks = np.ones(tokenizer.vocabulary_size, bool)
-        speaks[list(tokenizer.blank_ids)] = False
-        self._speaks = tf.constant(speaks)
+        tokenizer = text.preprocessor.tokenizer
+        within = np.zeros(tokenizer.vocabulary_size, bool)
+        within[list(tokenizer.within_ids)] = True
+        self._within = tf.constant(within)
 
     def answer(self, questions, contexts, logits: Callable):
         """Strings (B,) each -> answers, strings (B,), and their scores, float32 (B,)."""
@@ -57,19 +58,20 @@ class GraphSpans:
         best = rows.row_starts() + tf.argmax(by_row, axis=1)
         score, start, end = (tf.gather(values, best) for values in (score, start, end))
         ids = tf.gather(context, tf.ragged.range(start, end))
-        # Blanks at the ends, and what is left of characters that were cut within their bytes.
-        texts = tf.strings.regex_replace(self._text.decode(ids), r"^[\s\pZ\x{FFFD}]+|[\s\pZ\x{FFFD}]+$", "")
+        texts = tf.strings.regex_replace(self._text.decode(ids), f"^{_BLANK}+|{_BLANK}+$", "")
+        none = tf.math.segment_min(none, found.owner)
+        empty = score <= _FAR  # no span is as short as the longest may be
         if self._threshold is not None:
-            none = tf.math.segment_min(none, found.owner)
-            empty = none - score > self._threshold
-            texts, score = tf.where(empty, "", texts), tf.where(empty, none, score)
+            empty |= none - score > self._threshold
+        texts, score = tf.where(empty, "", texts), tf.where(empty, none, score)
         return {"texts": texts, "scores": tf.exp(score)}
 
     def windows(self, questions, contexts):
         """Strings (B,) each -> windows, and the ids of all contexts in a row.
 
-        The windows have ids and mask int32 (W, T), the tokens that may be of an answer and the last token bool (W, T),
-        the question of each (W,), and where in that row of ids its column 0 would stand (W,).
+        The windows have ids and mask int32 (W, T), whether an answer can begin and end with each token bool (W, T, 2),
+        which is the last one bool (W, T), the question of each (W,), and where in that row of ids its column 0 would
+        stand (W,).
         """
         import tensorflow as tf
 
@@ -97,7 +99,21 @@ class GraphSpans:
         ids = tf.where(inside, of_context, tf.where(place < 0, of_question, self._end))
         mask = tf.cast(place <= size[:, None], tf.int32)
         ids = tf.where(mask > 0, ids, text.tokenizer.pad_id)
-        return _Windows(ids, mask, inside & tf.gather(self._speaks, ids), end, owner, begin), context.flat_values
+        sides = [inside & (_at(side, begin[:, None] + column) > 0) for side in self._sides(context)]
+        return _Windows(ids, mask, tf.stack(sides, axis=2), end, owner, begin), context.flat_values
+
+    def _sides(self, context):
+        """Whether an answer can begin, and end, with each of the ids of contexts, ragged (B, None): int32 (N,) each."""
+        import tensorflow as tf
+
+        ids, owner = context.flat_values, context.value_rowids()
+        opens = tf.concat([tf.ones_like(owner[:1], tf.bool), owner[1:] != owner[:-1]], 0)
+        first = opens | ~tf.gather(self._within, ids)
+        last = tf.concat([first[1:], tf.ones_like(first[:1])], 0)
+        characters = tf.RaggedTensor.from_row_starts(ids, tf.where(first)[:, 0], validate=False)
+        blank = tf.strings.regex_full_match(self._text.decode(characters), f"{_BLANK}*")
+        spoken = ~tf.gather(blank, characters.value_rowids())
+        return [tf.cast(side & spoken, tf.int32) for side in (first, last)]
 
     def _in_parts(self, logits, ids, mask):
         """Logits (W, T, 2) of some windows at a time."""
@@ -115,10 +131,10 @@ class GraphSpans:
         """Of each window the logarithms of its best span's probability and of that of none, and the span's place."""
         import tensorflow as tf
 
-        known = tf.where((found.possible | found.last)[..., None], logits, _FAR)
+        known = tf.where(found.possible | found.last[..., None], logits, _FAR)
         log_probs = tf.nn.log_softmax(known, axis=1)
         none = tf.reduce_sum(tf.where(found.last[..., None], log_probs, 0.0), axis=[1, 2])
-        begins, ends = tf.unstack(tf.where(found.possible[..., None], log_probs, _FAR), axis=2)
+        begins, ends = tf.unstack(tf.where(found.possible, log_probs, _FAR), axis=2)
 
         def longer(more, score, start, end):
             sums = begins + tf.pad(ends[:, more:], [[0, 0], [0, more]], constant_values=_FAR)

@@ -30,7 +30,8 @@ class LlamaQuestionAnswering(Task):
     is a part of the context; the last token stands for none in this window. `fit` and `evaluate` take lists of
     `{"question", "context", "answers"}`, or a dict of such columns, with the answers in it or as `y`: strings, or dicts
     of `text` and `answer_start` as SQuAD has them; [] for none. Where a string stands several times, each place is
-    right.
+    right. A `PyDataset` gives such lists: a step takes all windows of the questions in one, less those that teach
+    nothing.
 
     Args:
         backbone: a `LlamaBackbone`, causal or not.
@@ -113,6 +114,12 @@ class LlamaQuestionAnswering(Task):
             settings["differs"] = settings["differs"] or "question_overlap"
         return {**settings, "options": {name: getattr(self, name) for name in _OPTIONS}}
 
+    def fresh_weights(self, checkpoint):
+        """A head, and the vectors of `question_overlap` where the checkpoint was read without them."""
+        known = checkpoint.options.get("question_overlap", False) is not False
+        fresh = self.question_overlap is not False and not known
+        return [*super().fresh_weights(checkpoint), *(["question_overlap.weight"] if fresh else [])]
+
     def default_loss(self):
         return SpanCrossentropy()
 
@@ -189,7 +196,7 @@ class LlamaQuestionAnswering(Task):
                     "Build the model with a `no_answer_threshold` for questions without.",
                     question=row.question,
                 )
-        return training_columns(rows, found)
+        return training_columns(rows, found, streamed=cut is not None)
 
     def check_targets(self, y, rows, training=False):
         """Places (B, 2) of the first and the last token of each answer; `None` where questions have theirs."""
@@ -202,6 +209,9 @@ class LlamaQuestionAnswering(Task):
                 shape=places.shape,
                 dtype=str(places.dtype),
             )
+        if (turned := np.flatnonzero(places[:, 0] > places[:, 1])).size:
+            i = int(turned[0])
+            raise invalid(f"`y[{i}]` must have its first token before its last.", places=places[i].tolist())
         return places.astype("int32")
 
     def finish_batch(self, inputs, y=None, sample_weight=None):
