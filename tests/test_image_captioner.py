@@ -367,9 +367,8 @@ KINDS = {
     **{f"orientation {i}": (lambda i=i: with_orientation(i)) for i in range(1, 9)},
     "orientation of a PNG": lambda: with_orientation(6, "PNG"),
     "turned by XMP alone": lambda: encoded(gradient(), "JPEG", xmp=b'<x tiff:Orientation="6"/>'),
-    "EXIF that is none": lambda: encoded(gradient(), "JPEG", exif=b"Exif\0\0nothing at all"),
-    "EXIF of three bytes": lambda: encoded(gradient(), "JPEG", exif=b"Exif\0\0II*"),
-    "EXIF of another file": lambda: encoded(gradient(), "PNG", exif=b"nothing at all"),
+    "EXIF that is none": lambda: encoded(gradient(), "PNG", exif=b"nothing at all"),
+    "EXIF of four bytes": lambda: encoded(gradient(), "PNG", exif=b"II*\0"),
 }
 
 
