@@ -92,12 +92,13 @@ def check_encoder(image_encoder) -> tuple[tuple[int, int], int]:
             "For example keras_llama.convolutional_encoder().",
             image_encoder=image_encoder,
         )
-    taken, given = [x.shape for x in image_encoder.inputs], [x.shape for x in image_encoder.outputs]
+    # A model that is not built yet has neither.
+    taken, given = ([x.shape for x in getattr(image_encoder, side, ())] for side in ("inputs", "outputs"))
     good = len(taken) == len(given) == 1 and len(taken[0]) == 4 and len(given[0]) in (3, 4)
     if not good or None in (*taken[0][1:], *given[0][1:]) or taken[0][3] != 3:
         raise invalid(
             "`image_encoder` must make features (B, h', w', C) or (B, P, C) of images (B, h, w, 3), all sizes fixed.",
-            "Build it with an input shape, for example (224, 224, 3), and without its head.",
+            "Build it without its head, with an input shape: keras.Sequential([keras.Input((224, 224, 3)), encoder]).",
             inputs=taken,
             outputs=given,
         )
@@ -123,7 +124,7 @@ class LearnedPositions(keras.layers.Layer):
     """
 
     def build(self, x_shape):
-        self.embeddings = self.add_weight(shape=x_shape[1:], initializer=embedding_initializer(0.02), name="embeddings")
+        self.embeddings = self.add_weight(shape=x_shape[1:], initializer=embedding_initializer(), name="embeddings")
 
     def call(self, x):
         return x + ops.cast(self.embeddings, x.dtype)

@@ -34,7 +34,7 @@ def kernel_initializer(scale=1.0):
     return normal if _random.get() else keras.initializers.Zeros()
 
 
-def embedding_initializer(stddev):
+def embedding_initializer(stddev=0.02):
     normal = keras.initializers.RandomNormal(stddev=stddev)
     return normal if _random.get() else keras.initializers.Zeros()
 

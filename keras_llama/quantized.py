@@ -51,7 +51,7 @@ class Quantizable(keras.Model):
 
         Raises:
             ValueError: for another mode or quantizers of the user's, if the model is quantised already, or has
-                adapters, or if GPTQ or AWQ are asked of an encoder-decoder or without a dataset.
+                adapters, or if GPTQ or AWQ are asked of an encoder-decoder, of a captioner, or without a dataset.
 
         >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
         >>> lm = keras_llama.LlamaCausalLM(backbone)

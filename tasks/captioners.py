@@ -1,49 +1,69 @@
 """What the captioning recipe trains: a captioner of an image encoder and a decoder, and what it delivers."""
 
-import pathlib
-
 from tasks import common
 
 ENCODERS = ("cnn", "vit")
 AUGMENTATIONS = ("flip", "crop", "rotation")
+IMAGE_SIZE = 64
 
 
 def build(args, rows):
     """A captioner over a vocabulary learned from the captions, or started from --preset."""
     import keras_llama
 
-    cls, options = keras_llama.LlamaImageCaptioner, {"label_smoothing": args.label_smoothing}
     if args.preset:
-        if not args.preset.endswith(".keras") and not pathlib.Path(args.preset, "image_encoder.keras").exists():
-            options["image_encoder"] = encoder(args)
-        return common.from_preset(args, cls, **options)
-    captions = [row.caption for row in rows]
-    tokenizer = keras_llama.SentencePieceTokenizer.train(captions, args.vocabulary_size, split_ideographs=True)
-    preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length)
-    backbone = keras_llama.LlamaBackbone(
-        vocabulary_size=tokenizer.vocabulary_size,
-        **keras_llama.size(args.size),
-        dropout=args.dropout,
-        dtype=args.precision,
-    )
-    return cls(backbone, encoder(args), preprocessor, **options)
+        model = from_preset(args)
+    else:
+        captions = [row.caption for row in rows]
+        tokenizer = keras_llama.SentencePieceTokenizer.train(captions, args.vocabulary_size, split_ideographs=True)
+        preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length)
+        backbone = keras_llama.LlamaBackbone(
+            vocabulary_size=tokenizer.vocabulary_size,
+            **keras_llama.size(args.size),
+            dropout=args.dropout,
+            dtype=args.precision,
+        )
+        model = keras_llama.LlamaImageCaptioner(
+            backbone, encoder(args), preprocessor, label_smoothing=args.label_smoothing
+        )
+    image_encoder = model.image_encoder
+    if bool(image_encoder.trainable_weights) == args.freeze_encoder:  # else what is frozen inside of it stays so
+        image_encoder.trainable = args.freeze_encoder  # TensorFlow takes no notice of a value that is there already
+        image_encoder.trainable = not args.freeze_encoder
+    return model
+
+
+def from_preset(args):
+    """The captioner of --preset with its own encoder, or the decoder of a text model behind a new one."""
+    import keras_llama
+    from keras_llama.checkpoints.presets import open_checkpoint
+    from keras_llama.heads.image_captioner import encoder_file
+
+    options = {"label_smoothing": args.label_smoothing}
+    if not args.preset.endswith(".keras") and encoder_file(open_checkpoint(args.preset)) is None:
+        options["image_encoder"] = encoder(args)
+    elif args.encoder or args.image_size:
+        raise common.DataError(
+            f"--encoder and --image-size are for a new encoder: leave them out. --preset {args.preset} has its own."
+        )
+    return common.from_preset(args, keras_llama.LlamaImageCaptioner, **options)
 
 
 def encoder(args):
     """The image encoder of --encoder."""
-    if args.encoder not in ENCODERS and not args.encoder.endswith(".keras"):
-        raise common.DataError(f"--encoder must be cnn, vit or a .keras file. Received: {args.encoder}.")
+    name = args.encoder or ENCODERS[0]
+    if name not in ENCODERS and not name.endswith(".keras"):
+        raise common.DataError(f"--encoder must be cnn, vit or a .keras file. Received: {name}.")
     import keras
 
     import keras_llama
 
-    if args.encoder.endswith(".keras"):
-        made = keras.saving.load_model(args.encoder)
-    else:
-        make = keras_llama.vit_encoder if args.encoder == "vit" else keras_llama.convolutional_encoder
-        made = make(args.image_size)
-    made.trainable = not args.freeze_encoder
-    return made
+    if not name.endswith(".keras"):
+        make = keras_llama.vit_encoder if name == "vit" else keras_llama.convolutional_encoder
+        return make(args.image_size or IMAGE_SIZE)
+    if args.image_size:
+        raise common.DataError(f"--image-size is for cnn and vit: leave it out. {name} has a size of its own.")
+    return keras.saving.load_model(name)
 
 
 def augmentation(args, size):
@@ -61,16 +81,20 @@ def augmentation(args, size):
 
 def deliver(model, output, files):
     """Saves, reloads, exports and serves the model, and raises if any of them captions these files otherwise."""
-    import keras
-
     expected = model.generate(files, temperature=0)
-    model.save(output / "model.keras")
-    if keras.saving.load_model(output / "model.keras").generate(files, temperature=0) != expected:
-        raise RuntimeError("The reloaded model captions otherwise.")
-    print(f"{output / 'model.keras'}: reloaded, the same captions")
-    common.deliver_adapter(model, output)
-    answer = common.exported(model, output / "saved_model", files, "--files")
-    if answer is not None and answer["texts"] != expected:
-        raise RuntimeError(f"The exported model captions otherwise: {answer}.")
-    if answer is not None:
-        print(f"{output / 'saved_model'}: served by a fresh process, the same captions")
+    again = common.reloaded(model, output)
+    found, asked = again.generate(files, temperature=0), {"images": files}
+    common.check_texts(model, expected, found, lambda inputs: again.predict(inputs, verbose=0), asked)
+    print(f"{output / 'model.keras'}: reloaded, the same weights and captions")
+    if model.adapters and model.image_encoder.trainable_weights:
+        print("No adapter alone: the image encoder that was trained beside it is in model.keras only.")
+    else:
+        common.deliver_adapter(model, output)
+    served = output / "saved_model"
+    answer = common.exported(model, served, files, "--files")
+    if answer is None:
+        return
+    common.check_texts(
+        model, expected, answer["texts"], lambda inputs: common.served_logits(served, inputs, "--files"), asked
+    )
+    print(f"{served}: served by a fresh process, the same captions")

@@ -17,6 +17,8 @@ from tasks import baselines, captioners, common, pictures, plots
 
 def load(args):
     """Training, validation and test rows."""
+    if args.split and args.test_data:
+        raise common.DataError("--split names the test images: leave --test-data out.")
     if args.data:
         rows = pictures.captions_file(args.data, args.images, args.skip_missing)
     elif args.split or args.test_data:
@@ -24,7 +26,7 @@ def load(args):
     else:
         rows = pictures.shapes(args.variants)
     if args.split:
-        parts = [pictures.chosen(rows, listed) for listed in args.split]
+        parts = pictures.split(rows, args.split)
     else:
         test = pictures.captions_file(args.test_data, args.images, args.skip_missing) if args.test_data else None
         train, test = (rows, test) if test else common.split(rows, 0.2)
@@ -41,9 +43,8 @@ def train(model, args, rows, validation):
 
     model.compile(**common.compile_options(model, args, len(rows)))
     best = keras.callbacks.EarlyStopping("val_loss", patience=args.patience, restore_best_weights=True)
-    (images, captions), held = (
-        (np.stack([row.image for row in part]), [row.caption for row in part]) for part in (rows, validation)
-    )
+    images, captions = [row.image for row in rows], [row.caption for row in rows]
+    held = [row.image for row in validation], [row.caption for row in validation]
     options = {"batch_size": args.batch_size, "epochs": args.epochs, "validation_data": held}
     options["augmentation"] = captioners.augmentation(args, model.image_size)
     with common.profiled(args) as profile:
@@ -58,10 +59,10 @@ def run(args, model, rows, validation, test):
     started = time.perf_counter()
     history = train(model, args, rows, validation)
     seconds = time.perf_counter() - started
-    output, (images, references, keys) = pathlib.Path(args.output_dir), pictures.by_image(test)
+    output, (images, references) = pathlib.Path(args.output_dir), pictures.by_image(test)
     captions = model.generate(images, temperature=0, num_beams=args.num_beams, length_penalty=args.length_penalty)
     frequent = baselines.most_frequent_caption([row.caption for row in rows])
-    known, described, _ = pictures.by_image(rows)
+    known, described = pictures.by_image(rows)
     nearest = baselines.nearest_captions(known, [texts[0] for texts in described], images)
     shown = np.linspace(0, len(images) - 1, min(12, len(images))).astype(int)  # drawings of one kind stand together
     report = {
@@ -86,14 +87,12 @@ def run(args, model, rows, validation, test):
         output / "captions.png", images[shown], [captions[i] for i in shown], [references[i][0] for i in shown]
     )
     common.write_report(args.report or output / "metrics.json", report)
-    captioners.deliver(
-        model, output, pictures.files(images[shown[:3]], [keys[i] for i in shown[:3]], output / "samples")
-    )
     for row in report["samples"][:5]:
         print(f"{row['references'][0]}  ->  {row['caption']}")
     for name, found in {"test": report, **report["baselines"]}.items():
         numbers = (found[key] for key in ("bleu", "cider", "exact_match"))
         print("{}: BLEU-4 {:.1f}, CIDEr {:.1f}, exact match {:.1f} %".format(name.replace("_", " "), *numbers))
+    captioners.deliver(model, output, pictures.files(images[shown[:3]], output / "samples"))
 
 
 def main(arguments=None):
@@ -102,9 +101,9 @@ def main(arguments=None):
     flags.add_argument("--split", nargs=3, metavar=("TRAIN", "VALIDATION", "TEST"), help="files that name the images")
     flags.add_argument("--skip-missing", action="store_true", help="leave rows out whose image is missing")
     flags.add_argument("--variants", type=common.positive, default=16, help="drawings of each combination of shapes")
-    flags.add_argument("--encoder", default="cnn", help="cnn, vit, or a .keras file")
+    flags.add_argument("--encoder", help="cnn (the default), vit, or a .keras file")
     flags.add_argument("--freeze-encoder", action="store_true", help="train projector and decoder alone")
-    flags.add_argument("--image-size", type=common.positive, default=64)
+    flags.add_argument("--image-size", type=common.positive, help=f"of cnn and vit, default {captioners.IMAGE_SIZE}")
     flags.add_argument(
         "--augment", nargs="*", choices=captioners.AUGMENTATIONS, default=[], help="of images in training"
     )

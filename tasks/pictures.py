@@ -1,9 +1,9 @@
 """Images with captions, drawn here or of a file and a folder of images; and how captions are scored."""
 
-import csv
 import itertools
 import pathlib
 import re
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -45,13 +45,14 @@ PLACES = {
     "at the bottom right": (2, 2),
 }
 SIDE = 64
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')  # as CSV has it; others begin and end with a quotation mark, too
 
 
 class Picture(NamedTuple):
     """An image with one of its captions.
 
     Attributes:
-        key: what tells images apart: a path, or for a drawing its combination.
+        key: what tells images apart: the name that a file has in the folder, or the combination of a drawing.
         caption: in words.
         image: a path, or a PIL image.
     """
@@ -109,13 +110,13 @@ def captions_file(path: str, folder: str | None, skip_missing: bool = False) -> 
     pictures, missing = [], 0
     for number, line in enumerate(lines[1:], 2):
         name, _, caption = (part.strip() for part in line.partition(","))
-        if caption[:1] == caption[-1:] == '"':
-            caption = next(csv.reader([caption]))[0].strip()
+        if quoted := _QUOTED.fullmatch(caption):
+            caption = quoted[1].replace('""', '"').strip()
         if not name or not caption:
             raise DataError(f"{path}:{number}: expected image,caption. Received: {line!r}.")
         file = images / name
         if file.is_file():
-            pictures.append(Picture(str(file), caption, str(file)))
+            pictures.append(Picture(pathlib.PurePath(name).as_posix(), caption, str(file)))
         elif skip_missing:
             missing += 1
         else:
@@ -127,51 +128,57 @@ def captions_file(path: str, folder: str | None, skip_missing: bool = False) -> 
     return pictures
 
 
-def chosen(pictures: list[Picture], listed: str) -> list[Picture]:
-    """Those whose image a file names, one a line, with or without its ending."""
-    names = {pathlib.Path(line.strip()).stem for line in _lines(listed)}
-    found = [picture for picture in pictures if pathlib.Path(picture.key).stem in names]
-    if not found:
-        raise DataError(f"{listed}: expected names of images, one a line. Received: none that --data has.")
-    return found
+def split(pictures: list[Picture], listed: Sequence[str]) -> list[list[Picture]]:
+    """Those whose image each of these files names, one a line, as the data do, with or without its ending.
+
+    Raises:
+        DataError: for a file that names none, or one that an earlier file names.
+    """
+    parts: list[list[Picture]] = []
+    places: dict[str, int] = {}
+    for number, file in enumerate(listed):
+        names = {pathlib.PurePath(line.strip()).as_posix() for line in _lines(file)}
+        parts.append([picture for picture in pictures if {picture.key, _without_ending(picture.key)} & names])
+        if not parts[-1]:
+            raise DataError(f"{file}: expected names of images, one a line. Received: none that --data has.")
+        for picture in parts[-1]:
+            other = places.setdefault(picture.key, number)
+            if other != number:
+                raise DataError(
+                    f"{file}: expected no image of another part. Received: {picture.key}, of {listed[other]}, too."
+                )
+    return parts
+
+
+def _without_ending(name: str) -> str:
+    return pathlib.PurePath(name).with_suffix("").as_posix()
 
 
 def read(pictures: list[Picture], size: tuple[int, int]) -> list[Picture]:
     """The same with pixels uint8 (h, w, 3) for images, one array for all captions of an image."""
-    from keras_llama.images import read_images
+    from keras_llama.images import distinct_images
 
-    numbers: dict[Any, int] = {}
-    images: list[Any] = []
-    places = []
+    found, numbers = distinct_images([picture.image for picture in pictures], size)
+    return [picture._replace(image=found[i]) for picture, i in zip(pictures, numbers, strict=True)]
+
+
+def by_image(pictures: list[Picture]) -> tuple[np.ndarray, list[list[str]]]:
+    """Of pictures that are read each image once, uint8 (B, h, w, 3), and all its captions."""
+    found: dict[int, tuple[np.ndarray, list[str]]] = {}
     for picture in pictures:
-        key = picture.image if isinstance(picture.image, str) else id(picture.image)
-        places.append(numbers.setdefault(key, len(images)))
-        if places[-1] == len(images):
-            images.append(picture.image)
-    pixels = list(read_images(images, size))
-    return [picture._replace(image=pixels[i]) for picture, i in zip(pictures, places, strict=True)]
+        found.setdefault(id(picture.image), (picture.image, []))[1].append(picture.caption)
+    images, captions = zip(*found.values(), strict=True)
+    return np.stack(images), list(captions)
 
 
-def by_image(pictures: list[Picture]) -> tuple[np.ndarray, list[list[str]], list[str]]:
-    """Of pictures that are read each image once, uint8 (B, h, w, 3), all its captions, and its key."""
-    found: dict[int, tuple[Picture, list[str]]] = {}
-    for picture in pictures:
-        found.setdefault(id(picture.image), (picture, []))[1].append(picture.caption)
-    firsts, captions = zip(*found.values(), strict=True)
-    return np.stack([first.image for first in firsts]), list(captions), [first.key for first in firsts]
-
-
-def files(images: np.ndarray, keys: list[str], folder: pathlib.Path) -> list[str]:
-    """A file of each image: its own, or one that is written to `folder`."""
+def files(images: np.ndarray, folder: pathlib.Path) -> list[str]:
+    """Paths of PNG files of these images, which a server reads whatever the kind of the file that they came from."""
     from PIL import Image
 
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for i, (image, key) in enumerate(zip(images, keys, strict=True)):
-        drawn = not pathlib.Path(key).is_file()
-        paths.append(str((folder / f"{i}.png").resolve()) if drawn else key)
-        if drawn:
-            Image.fromarray(image).save(paths[-1])
+    paths = [str((folder / f"{i}.png").resolve()) for i in range(len(images))]
+    for path, image in zip(paths, images, strict=True):
+        Image.fromarray(image).save(path)
     return paths
 
 

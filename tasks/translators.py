@@ -84,21 +84,17 @@ def translate(model, sources, **options):
 
 def deliver(model, output, sources):
     """Saves, reloads, exports and serves the model, and raises if any of them answers otherwise."""
-    import keras
-
-    expected = translate(model, sources)
-    model.save(output / "model.keras")
-    if translate(keras.saving.load_model(output / "model.keras"), sources) != expected:
-        raise RuntimeError("The reloaded model answers otherwise.")
-    print(f"{output / 'model.keras'}: reloaded, the same translations")
+    expected, again = translate(model, sources), common.reloaded(model, output)
+    common.check_texts(model, expected, translate(again, sources), lambda ids: again.predict(ids, verbose=0))
+    print(f"{output / 'model.keras'}: reloaded, the same weights and translations")
     common.deliver_adapter(model, output)
     alone = "encoder_token_ids" not in model.input
     asked = prompts(model, sources) if alone else list(sources)
     if alone:  # with the prompt, and as long as the context lets each alone
         expected = [model.generate(prompt) for prompt in asked]
-    answer = common.exported(model, output / "saved_model", asked)
+    served = output / "saved_model"
+    answer = common.exported(model, served, asked)
     if answer is None:
         return
-    if answer["texts"] != expected:
-        raise RuntimeError("The exported model answers otherwise.")
-    print(f"{output / 'saved_model'}: served by a fresh process, the same translations")
+    common.check_texts(model, expected, answer["texts"], lambda ids: common.served_logits(served, ids))
+    print(f"{served}: served by a fresh process, the same translations")

@@ -1,13 +1,17 @@
 """The captioning recipe end to end on few drawings, its data, its scores, and what it refuses with exit code 2."""
 
+import argparse
 import json
+import types
 
 import keras
 import numpy as np
 import pytest
 from PIL import Image
 
-from tasks import baselines, captioning, common, pictures
+import keras_llama
+from keras_llama.checkpoints import presets
+from tasks import baselines, captioners, captioning, common, pictures
 
 FAST = ["--batch-size", "16", "--image-size", "32", "--vocabulary-size", "300", "--num-beams", "2"]
 
@@ -69,6 +73,104 @@ def test_a_text_checkpoint_learns_to_see_by_adapters(captions, chat_lm, tmp_path
     }
     assert kinds == {"projector", "lora_a", "lora_b"}
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == {"train": 8, "test": 3}
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.slow
+def test_files_of_any_kind_then_training_goes_on(captions, tmp_path, monkeypatch, capsys):
+    text = captions.read_text(encoding="utf-8")
+    for i, file in enumerate(sorted((captions.parent / "images").iterdir())):
+        other = file.with_suffix((".webp", ".gif", ".bmp", ".tif")[i % 4])
+        Image.open(file).save(other)
+        file.unlink()
+        text = text.replace(f"\n{file.name},", f"\n{other.name},")
+    captions.write_text(text, encoding="utf-8")
+    output = tmp_path / "out"
+    run("--data", captions, "--epochs", 1, "--output-dir", output, *FAST)
+    assert "served by a fresh process" in capsys.readouterr().out
+    monkeypatch.setattr(common, "exported", lambda *_: None)
+    run("--data", captions, "--preset", output / "model.keras", "--epochs", 1, "--output-dir", tmp_path / "more")
+    assert keras.saving.load_model(tmp_path / "more" / "model.keras").image_size == (32, 32)
+
+
+def captioner():
+    tokenizer = keras_llama.SentencePieceTokenizer.train(["a plain colour", "nothing else"] * 9, vocabulary_size=280)
+    backbone = keras_llama.LlamaBackbone(vocabulary_size=280, **keras_llama.size("tiny"))
+    encoder = keras_llama.convolutional_encoder(16, (8, 8))
+    return keras_llama.LlamaImageCaptioner(backbone, encoder, keras_llama.TextPreprocessor(tokenizer, 16))
+
+
+def flags(preset, **changes):
+    given = {"encoder": None, "image_size": None, "freeze_encoder": False, "label_smoothing": 0.0}
+    given |= {"precision": "float32", "sequence_length": 16, "preset": str(preset)}
+    return argparse.Namespace(**given | changes)
+
+
+@pytest.mark.parametrize("form", ["model.keras", "preset", "hf://me/captioner"])
+def test_a_saved_captioner_keeps_its_encoder(tmp_path, monkeypatch, form):
+    model = captioner()
+    model.save(tmp_path / "model.keras")
+    model.save_to_preset(tmp_path / "preset")
+    monkeypatch.setattr(presets, "download", lambda name: tmp_path / "preset")
+    place = form if "//" in form else tmp_path / form
+    again = captioners.build(flags(place, freeze_encoder=True), [])
+    for mine, theirs in zip(model.image_encoder.get_weights(), again.image_encoder.get_weights(), strict=True):
+        assert np.array_equal(mine, theirs)
+    assert not again.image_encoder.trainable_weights
+    assert captioners.build(flags(place), []).image_encoder.trainable_weights
+    for change in ({"encoder": "vit"}, {"image_size": 32}):
+        with pytest.raises(common.DataError, match=r"leave them out.*has its own"):
+            captioners.build(flags(place, **change), [])
+
+
+def test_training_goes_on_with_an_encoder_that_was_frozen(tmp_path):
+    model = captioner()
+    model.image_encoder.trainable = False
+    model.save(tmp_path / "model.keras")
+    assert captioners.build(flags(tmp_path / "model.keras"), []).image_encoder.trainable_weights
+
+
+@pytest.mark.usefixtures("not_exported")
+def test_an_adapter_is_not_offered_without_the_encoder_trained_beside_it(tmp_path, capsys):
+    model, files = captioner(), pictures.files(np.zeros((1, 16, 16, 3), "uint8"), tmp_path / "samples")
+    model.enable_lora(rank=2)
+    captioners.deliver(model, tmp_path, files)
+    assert "No adapter alone" in capsys.readouterr().out
+    assert not (tmp_path / "adapter").exists()
+    model.image_encoder.trainable = False
+    captioners.deliver(model, tmp_path, files)
+    assert (tmp_path / "adapter").exists()
+
+
+@pytest.mark.plain
+def test_an_export_may_break_a_tie_but_not_have_other_logits(capsys):
+    logits = np.array([[[0.0, 1.0, 10.0]]])
+    model = types.SimpleNamespace(sides=("",), predict=lambda inputs, verbose: logits)
+
+    def check(expected, found, other):
+        common.check_texts(model, [expected], [found], lambda inputs: other, {"images": ["a.png"]})
+
+    check("一\ufffd\ufffd", "一\ufffd", None)  # logits are not asked for
+    assert not capsys.readouterr().out
+    check("a dog", "a cat", logits + 0.01)
+    assert "1 of 1 texts differ, as near ties do: the logits are within 1e-02" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"Expected: \['a dog'\]. Received: \['a cat'\]"):
+        check("a dog", "a cat", logits[..., ::-1])
+
+
+@pytest.mark.plain
+def test_each_image_is_held_once_whatever_its_captions(captions, monkeypatch):
+    rows, given = pictures.read(pictures.captions_file(str(captions), None), (16, 16)), {}
+    model = types.SimpleNamespace(
+        image_size=(16, 16),
+        compile=lambda **options: None,
+        fit=lambda images, captions, **options: given.update(images=images) or types.SimpleNamespace(history={}),
+    )
+    monkeypatch.setattr(common, "compile_options", lambda *_: {})
+    args = argparse.Namespace(patience=1, batch_size=8, epochs=1, augment=[], profile=False)
+    captioning.train(model, args, rows, rows)
+    assert len(given["images"]) == 24
+    assert len({id(image) for image in given["images"]}) == 12
 
 
 @pytest.mark.plain
@@ -128,10 +230,65 @@ def test_the_floors():
 def test_captions_may_hold_commas_and_quotes(captions):
     rows = pictures.captions_file(str(captions), None)
     assert [row.caption for row in rows[:2]] == ["a plain colour , number 0 .", 'colour 0, and "nothing" else']
-    images, references, keys = pictures.by_image(pictures.read(rows, (8, 8)))
+    images, references = pictures.by_image(pictures.read(rows, (8, 8)))
     assert images.shape == (12, 8, 8, 3)
-    assert keys[1].endswith("1.jpg")
+    assert rows[2].key == "1.jpg"
     assert [len(texts) for texts in references] == [2] * 12
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("written", "caption"),
+    [
+        ('"Stop", says the "sign"', '"Stop", says the "sign"'),
+        ('"Stop" is what it "says"', '"Stop" is what it "says"'),
+        ('"a ""sign"""', 'a "sign"'),
+        ('"a sign, and more"', "a sign, and more"),
+    ],
+)
+def test_quotation_marks_of_a_caption_stay(captions, written, caption):
+    captions.write_text(f"image,caption\n0.jpg,{written}\n", encoding="utf-8")
+    assert pictures.captions_file(str(captions), None)[0].caption == caption
+
+
+@pytest.fixture
+def in_folders(captions):
+    """Rows of images that only the names of their folders, or what follows a point, tell apart."""
+    names = ["a/1.jpg", "b/1.jpg", "my.photo.jpg", "my.other.jpg"]
+    for name in names:
+        file = captions.parent / "images" / name
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(file)
+    captions.write_text("image,caption\n" + "".join(f"{name},a\n" for name in names), encoding="utf-8")
+    return pictures.captions_file(str(captions), None)
+
+
+def listed(folder, *parts):
+    files = [folder / f"part{i}.txt" for i in range(len(parts))]
+    for file, names in zip(files, parts, strict=True):
+        file.write_text("\n".join(names), encoding="utf-8")
+    return [str(file) for file in files]
+
+
+@pytest.mark.plain
+def test_a_split_tells_folders_and_names_with_points_apart(in_folders, tmp_path):
+    parts = pictures.split(in_folders, listed(tmp_path, ["a/1", "gone"], ["b/1.jpg"], ["my.photo", "./my.other.jpg"]))
+    assert [[picture.key for picture in part] for part in parts] == [
+        ["a/1.jpg"],
+        ["b/1.jpg"],
+        ["my.photo.jpg", "my.other.jpg"],
+    ]
+
+
+@pytest.mark.plain
+def test_a_split_has_no_image_twice(in_folders, tmp_path):
+    files = listed(tmp_path, ["a/1"], ["b/1"], ["my.photo", "a/1.jpg"])
+    with pytest.raises(common.DataError, match=r"part2\.txt: expected no image of .* a/1\.jpg, of .*part0\.txt, too"):
+        pictures.split(in_folders, files)
+    with pytest.raises(common.DataError, match=r"part0\.txt: expected no image of another part"):
+        pictures.split(in_folders, files[:1] * 2)
+    with pytest.raises(common.DataError, match=r"none that --data has"):
+        pictures.split(in_folders, listed(tmp_path, ["1", "my"]))
 
 
 @pytest.mark.plain
@@ -147,9 +304,9 @@ def test_a_row_without_its_image_is_told_or_counted(captions, capsys):
 def test_the_official_split_of_flickr8k(shared_data):
     folder = shared_data / "captioning"
     rows = pictures.captions_file(str(folder / "flickr8k_700" / "captions.txt"), None, skip_missing=True)
-    parts = [
-        pictures.chosen(rows, str(folder / "flickr8kcn" / f"flickr8k{name}.txt")) for name in ("train", "val", "test")
-    ]
+    parts = pictures.split(
+        rows, [str(folder / "flickr8kcn" / f"flickr8k{name}.txt") for name in ("train", "val", "test")]
+    )
     assert len(rows) == 3500
     assert [len(part) for part in parts] == [5 * 523, 5 * 80, 5 * 93]
 
@@ -182,6 +339,8 @@ def test_refuses_bad_files_by_file_and_line(captions, tmp_path, capsys, case):
 
 
 BAD_FLAGS = {
+    "split and test": (["--split", "a", "b", "c", "--test-data", "d"], "--split names the test images"),
+    "size of an encoder's own": (["--encoder", "a.keras", "--image-size", "32"], "--image-size is for cnn and vit"),
     "encoder": (["--encoder", "resnet"], "--encoder must be cnn, vit or a .keras file"),
     "split": (["--split", "a", "b", "c"], "--split and --test-data need --data"),
     "augment": (["--augment", "blur"], "invalid choice"),

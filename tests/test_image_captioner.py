@@ -6,10 +6,10 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, PngImagePlugin
 
 import keras_llama
-from keras_llama.images import augment, read_images
+from keras_llama.images import augment, distinct_images, read_images
 from tasks import common
 
 CAPTIONS = ["a red film", "a good blue", "what is green", "很好的电影"]
@@ -289,6 +289,7 @@ def test_a_text_checkpoint_is_the_decoder(chat_lm, tmp_path, capsys):
     for mine, theirs in zip(arrays(model.backbone.weights), arrays(chat_lm.backbone.weights), strict=True):
         assert np.array_equal(mine, theirs)
     assert all(array.any() for array in arrays(model.projector.weights))
+    assert 0.018 < ops.convert_to_numpy(model.projector.positions.embeddings).std() < 0.022
     assert model.start_id == chat_lm.preprocessor.tokenizer.eos_id  # this vocabulary has no begin of text
     model.compile(keras.optimizers.Adam(1e-3))
     losses = model.fit(noise(8), CAPTIONS * 2, epochs=3, verbose=0).history["loss"]
@@ -365,6 +366,9 @@ KINDS = {
     "one pixel": lambda: encoded(Image.new("RGB", (1, 1), (10, 20, 30)), "PNG"),
     **{f"orientation {i}": (lambda i=i: with_orientation(i)) for i in range(1, 9)},
     "orientation of a PNG": lambda: with_orientation(6, "PNG"),
+    "turned by XMP alone": lambda: encoded(gradient(), "JPEG", xmp=b'<x tiff:Orientation="6"/>'),
+    "EXIF that is none": lambda: encoded(gradient(), "PNG", exif=b"nothing at all"),
+    "EXIF of four bytes": lambda: encoded(gradient(), "PNG", exif=b"II*\0"),
 }
 
 
@@ -404,6 +408,35 @@ def test_arrays_and_lists_of_any_size():
     assert read_images([wide], (2, 2))[0, :, :, 0].tolist() == [[29, 171]] * 2
 
 
+@pytest.mark.plain
+def test_an_image_that_stands_in_a_list_several_times_is_held_once(tmp_path):
+    images, path = noise(2), str(tmp_path / "a.png")
+    Image.fromarray(images[1]).save(path)
+    first, second = images
+    found, numbers = distinct_images([first, path, first, second, path, first], (16, 16))
+    assert found[0] is first
+    assert len(found) == 3
+    assert numbers.tolist() == [0, 1, 0, 2, 1, 0]
+    assert np.array_equal(read_images([first, path, first], (16, 16)), images[[0, 1, 0]])
+    larger = noise(6, 24)  # whose images come and go one by one
+    assert len({image.tobytes() for image in read_images(larger, (16, 16))}) == 6
+
+
+def test_captions_of_one_image_are_trained_beside_it(random):
+    first, second = noise(2)
+    images = [first, second, first, second]
+    random.compile()
+    expected = random.evaluate(np.stack(images), CAPTIONS, verbose=0)
+    assert random.evaluate(images, CAPTIONS, verbose=0) == pytest.approx(expected, rel=1e-6)
+
+
+def with_long_text():
+    """A PNG file of a few kilobytes whose text is more than a megabyte."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("a", "b" * 2**21, zip=True)
+    return encoded(gradient(), "PNG", pnginfo=text)
+
+
 def bomb(width, height):
     return encoded(Image.new("1", (width, height)), "PNG")
 
@@ -414,6 +447,8 @@ BAD_IMAGES = {
     "a cut PNG": (lambda: KINDS["a larger one"]()[:900], r"images\[0\]: expected an image"),
     "20 megapixels": (lambda: bomb(5000, 4000), r"images\[0\]: expected an image of at most 16,777,216 pixels"),
     "200 megapixels": (lambda: bomb(20000, 10000), "of at most 16,777,216 pixels"),
+    "too long a text": (with_long_text, r"images\[0\]: expected an image\..*too large.*Is the file whole"),
+    "colours that do not become RGB": (lambda: Image.new("La", (4, 4)), r"images\[0\]: expected an image.*La to"),
     "no such file": (lambda: "nowhere.jpg", "nowhere.jpg: expected an image"),
     "real numbers": (lambda: np.zeros((4, 4, 3)), r"images\[0\]: expected .*Received: .*float64.*0 to 255"),
     "five channels": (lambda: np.zeros((4, 4, 5), "uint8"), "C being 1, 3 or 4"),
@@ -461,6 +496,11 @@ def test_a_fresh_process_captions_files(random, tmp_path):
     paths = [str(tmp_path / name) for name in files]
     random.export(tmp_path / "served")
     answer = common.serve(tmp_path / "served", paths, "--files")
+    ids = np.array([[1, 5, 6]] * 3, "int32")
+    inputs = {"images": paths, "token_ids": ids, "padding_mask": np.ones_like(ids)}
+    logits = common.served_logits(tmp_path / "served", inputs, "--files")
+    # A pixel may be one of 255 apart.
+    assert np.abs(logits - random.predict(inputs, verbose=0)).max() < 0.02 * np.ptp(logits)
     expected = random.generate(paths)
     assert len(set(expected)) > 1
     clean = [text.replace("\ufffd", "") for text in answer["texts"]]
@@ -483,6 +523,32 @@ def test_signatures_of_logits_and_of_token_ids(random, tmp_path):
     np.testing.assert_allclose(found, without({"images": images, **inputs}), atol=1e-4)
     with pytest.raises(ValueError, match='"tf_saved_model" for a model that reads images'):
         random.export(tmp_path / "model.onnx", format="onnx")
+
+
+def test_a_quantised_captioner_comes_back(trained, tokenizer, tmp_path):
+    model = make(tokenizer)
+    model.set_weights(trained.get_weights())
+    model.quantize("int8")
+    kinds = {weight.path.split("/")[0] for weight in model.weights if weight.dtype == "int8"}
+    assert kinds == {"token_embedding", "block_0", "lm_head"}  # neither the image encoder nor the projector
+    images, columns = plain_images(), {"images": plain_images(), "captions": CAPTIONS}
+    assert model.generate(images) == CAPTIONS
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    assert again.generate(images, num_beams=2) == CAPTIONS
+    assert np.array_equal(again.predict(columns, verbose=0), model.predict(columns, verbose=0))
+    with pytest.raises(ValueError, match="holds the weights before `quantize`"):
+        model.save_to_preset(tmp_path / "preset")
+    model.enable_lora(rank=2)
+    model.compile(keras.optimizers.Adam(1e-3))
+    model.fit(images, CAPTIONS, verbose=0)
+
+
+def test_refuses_to_quantise_by_texts_alone(random):
+    config = keras.quantizers.GPTQConfig(dataset=CAPTIONS, tokenizer=None, weight_bits=4, group_size=8)
+    with pytest.raises(ValueError, match=r"by texts alone, and this decoder reads images.*mode=.gptq"):
+        random.quantize(config=config)
+    assert random.quantized is None
 
 
 class Pictures(keras.utils.PyDataset):
@@ -517,11 +583,16 @@ def test_refuses_bad_rows(random, case):
         random.fit(*BAD_ROWS[case][0](), verbose=0)
 
 
+class Unbuilt(keras.Model):
+    """An encoder that no one has told the size of its images."""
+
+
 def test_refuses_bad_parts(tokenizer):
     open_size = keras.Sequential([keras.Input((None, None, 3)), keras.layers.Conv2D(4, 3)])
     grey = keras.Sequential([keras.Input((16, 16, 1)), keras.layers.Conv2D(4, 3)])
     pooled = keras.Sequential([keras.Input((16, 16, 3)), keras.layers.GlobalAveragePooling2D()])
-    for encoder in (open_size, grey, pooled):
+    unbuilt = keras.Sequential([keras.layers.Conv2D(4, 3)])
+    for encoder in (open_size, grey, pooled, unbuilt, Unbuilt()):
         with pytest.raises(ValueError, match="all sizes fixed"):
             make(tokenizer, encoder)
     with pytest.raises(ValueError, match="must be causal"):

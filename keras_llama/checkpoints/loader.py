@@ -14,7 +14,7 @@ from keras_llama.backbone import LlamaBackbone
 from keras_llama.checkpoints import mapping
 from keras_llama.checkpoints.checkpoint import Checkpoint, Tensor
 from keras_llama.config import LlamaSeq2SeqConfig, invalid
-from keras_llama.layers import kernel_initializer, no_random_weights
+from keras_llama.layers import embedding_initializer, kernel_initializer, no_random_weights
 from keras_llama.seq2seq_backbone import LlamaSeq2SeqBackbone
 
 
@@ -85,7 +85,8 @@ def load(model: Any, checkpoint: Checkpoint, fresh: Iterable[str] = (), weights:
             array = _read(checkpoint, name)
             backend.assign(variable, array.T if row.transposed else array)
         elif not row.ours.endswith("/bias"):  # of a new head; a bias is zero already
-            variable.assign(kernel_initializer()(variable.shape, variable.dtype))
+            drawn = embedding_initializer() if row.ours.endswith("/embeddings") else kernel_initializer()
+            variable.assign(drawn(variable.shape, variable.dtype))
     _check_tied_head(model, checkpoint)
 
 

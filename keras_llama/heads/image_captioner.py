@@ -18,7 +18,7 @@ from keras_llama.export.saved_model import IDS, STRINGS, Signature
 from keras_llama.heads.conditioned import ConditionedModel
 from keras_llama.heads.inputs import is_token_ids
 from keras_llama.image_encoders import ImageProjector, check_encoder, keep_frozen
-from keras_llama.images import augment, is_image, read_images
+from keras_llama.images import augment, distinct_images, is_image, read_images
 from keras_llama.layers import register
 from keras_llama.preprocessing import check_texts, next_token_targets
 
@@ -34,10 +34,11 @@ class LlamaImageCaptioner(ConditionedModel):
     the loss is the mean over the caption's tokens, perplexity and accuracy count the same.
 
     `fit(images, captions)` takes images as `images.read_images` does: paths, bytes, PIL images, uint8 arrays; an
-    image with several captions stands there once for each. Encoder, projector and decoder are trained, but for what
-    is frozen: the encoder by Keras' own `image_encoder.trainable = False`, the decoder by `freeze_base()`, or by
-    `enable_lora()`, beside whose adapters the others are trained. `from_preset` takes a captioner's own folder, or with
-    `image_encoder=` the checkpoint of a text model, which is then the decoder behind a new projector.
+    image with several captions stands there once for each, and is held once. Encoder, projector and decoder are
+    trained, but for what is frozen: the encoder by Keras' own `image_encoder.trainable = False`, the decoder by
+    `freeze_base()`, or by `enable_lora()`, beside whose adapters the others are trained. `from_preset` takes a
+    captioner's own folder, or with `image_encoder=` the checkpoint of a text model, which is then the decoder behind a
+    new projector.
 
     Args:
         backbone: a causal `LlamaBackbone`.
@@ -104,7 +105,7 @@ class LlamaImageCaptioner(ConditionedModel):
     @classmethod
     def preset_options(cls, checkpoint, preprocessor):
         options = super().preset_options(checkpoint, preprocessor)
-        file = _encoder_file(checkpoint)
+        file = encoder_file(checkpoint)
         if file is None:
             return options
         try:
@@ -114,7 +115,7 @@ class LlamaImageCaptioner(ConditionedModel):
 
     def fresh_weights(self, checkpoint):
         """The projector's, for the checkpoint of a text model."""
-        if _encoder_file(checkpoint) is not None:
+        if encoder_file(checkpoint) is not None:
             return []
         return [f"multi_modal_projector.{name}.weight" for name in ("linear_1", "linear_2", "positions")]
 
@@ -147,12 +148,16 @@ class LlamaImageCaptioner(ConditionedModel):
     def _rows(self, x, argument="x", predicting=False, one_length=False, packing=False, cut=None):
         if not isinstance(x, dict) or "images" not in x:
             raise invalid(f"`{argument}` must be a dict with the key images.", **{argument: type(x).__name__})
-        images = read_images(x["images"], self.image_size)
+        images, numbers = distinct_images(x["images"], self.image_size)
         rest = {key: value for key, value in x.items() if key != "images"}
         texts, lengths = super()._rows(rest, argument, predicting, one_length, packing, cut)
-        if len(images) != len(lengths):
-            raise invalid("There must be a caption for each image.", images=len(images), captions=len(lengths))
-        return lambda chosen: {"images": images[chosen], **texts(chosen)}, lengths
+        if len(numbers) != len(lengths):
+            raise invalid("There must be a caption for each image.", images=len(numbers), captions=len(lengths))
+
+        def inputs(chosen):
+            return {"images": np.stack([images[i] for i in numbers[chosen]]), **texts(chosen)}
+
+        return inputs, lengths
 
     def fit(self, x=None, y=None, batch_size=None, epochs=1, *, augmentation=(), **kwargs):
         """As `Task.fit`, on images and captions.
@@ -300,6 +305,13 @@ class LlamaImageCaptioner(ConditionedModel):
         hidden, cache = self.backbone.decode(token_ids, padding_mask, cache, index)
         return self.logits_of(hidden[:, -1]), cache
 
+    def _calibration(self, config):
+        raise invalid(
+            "GPTQ and AWQ choose by texts alone, and this decoder reads images, too.",
+            'Take "int8" or "int4".',
+            mode=config.mode,
+        )
+
     def _head_weights(self):
         """The projector's: beside a frozen decoder, or its adapters, it is trained."""
         return self.projector.weights
@@ -334,7 +346,7 @@ def _check_decoder(backbone, patches, preprocessor):
         )
 
 
-def _encoder_file(checkpoint):
+def encoder_file(checkpoint):
     """The image encoder in a captioner's preset; `None` in other checkpoints."""
     file = None if checkpoint.folder is None else checkpoint.folder / ENCODER_FILE
     return file if file is not None and file.exists() else None
