@@ -87,7 +87,7 @@ def parser():
     flags = common.parser("question_answering", __doc__, size="tiny", epochs=20, batch_size=32, learning_rate=2e-3)
     flags.add_argument("--mode", choices=readers.MODES, default=readers.MODES[0])
     flags.add_argument("--vocabulary-size", type=common.positive, default=8000)
-    flags.add_argument("--sequence-length", type=common.positive, default=384, help="tokens of a window")
+    common.add_length(flags, 384, "tokens of a window")
     flags.add_argument("--stride", type=common.natural, default=96, help="tokens that two windows share")
     flags.add_argument("--max-answer-length", type=common.positive, default=48, help="tokens")
     flags.add_argument("--no-answer-threshold", type=float, default=0.0, help="where some have no answer")
