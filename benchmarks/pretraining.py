@@ -105,7 +105,7 @@ def child(args) -> dict:
 
     from tasks import common, pretrainers, pretraining
 
-    lm, sides, folder = pretraining.prepare(args)
+    lm, sides, _ = pretraining.prepare(args)
     ours = args.model == MODELS[0]
     model = lm if ours else peer(args, lm)
     shape = (args.sequence_length, args.batch_size)
@@ -123,7 +123,7 @@ def child(args) -> dict:
     history = model.fit(rows if ours else batches(rows), shuffle=False, callbacks=[clock], verbose=0)
     tokens = clock.steps * args.batch_size * (args.sequence_length - 1)
     args.precision = "float32"
-    twin = pretrainers.build(args, None, folder)
+    twin = pretrainers.scratch(args, lm.preprocessor.tokenizer)
     twin = twin if ours else peer(args, twin)
     twin.set_weights(model.get_weights())
     total = nats(twin, held, ours)

@@ -20,7 +20,8 @@ class TrainingState(keras.callbacks.Callback):
     """After each epoch writes all that the next one depends on: weights, optimiser, random states, callbacks.
 
     It is one file, so that its parts belong together. Of a callback it keeps the numbers and the lists of weights that
-    training has changed, as the best ones of `EarlyStopping`.
+    training has changed, as the best ones of `EarlyStopping`. An epoch that a callback ends before its last batch is
+    not kept: the next training begins it anew.
 
     Args:
         directory: where the file is, or will be.
@@ -56,7 +57,8 @@ class TrainingState(keras.callbacks.Callback):
             ValueError: if the file is of another model or of other data; the model is then unchanged.
         """
         self.seed, self.callbacks = seed, callbacks
-        run = {"data": data, "optimizer": type(model.optimizer).__name__, **_settings(model.get_config())}
+        config = _unnamed(json.loads(json.dumps(model.get_config(), default=str)), {})
+        run = {"data": data, "optimizer": type(model.optimizer).__name__, **_settings(config)}
         variables = _variables(model)
         run |= {f"weight {i}": [list(v.shape), str(v.dtype)] for i, v in enumerate(variables)}
         if self._run:
@@ -84,10 +86,15 @@ class TrainingState(keras.callbacks.Callback):
         backend.set_random_states([self._arrays[name] for name in sorted(self._arrays) if name.startswith(_RANDOM)])
         self._arrays = {}
 
+    def on_train_batch_end(self, batch, logs=None):
+        self._steps = batch + 1
+
     def on_epoch_end(self, epoch, logs=None):
         for name, value in (logs or {}).items():
             self.history.setdefault(name, []).append(float(value))
         self.epoch, self.stopped = epoch + 1, bool(self.model.stop_training)
+        if self._steps < self.params["steps"]:
+            return  # within an epoch the next batch is not known
         self._write()
 
     def _write(self):
@@ -124,11 +131,25 @@ def _name(number: int) -> str:
     return f"weight {number}"
 
 
-def _settings(config: Any, path: str = "") -> dict[str, Any]:
-    """A nested configuration made flat, without names."""
+def _unnamed(config: Any, numbers: dict[Any, int]) -> Any:
+    """A nested configuration without names, which Keras counts on within a process.
+
+    Lists, as those of a functional model's connections, tell a layer by its number among the model's instead.
+    """
+    if isinstance(config, list):
+        return [numbers.get(part, part) if isinstance(part, str) else _unnamed(part, numbers) for part in config]
     if not isinstance(config, dict):
-        return {path: json.loads(json.dumps(config, default=str))}
-    parts = (_settings(value, f"{path}.{key}".lstrip(".")) for key, value in config.items() if key != "name")
+        return config
+    if isinstance(layers := config.get("layers"), list):
+        numbers = {layer.get("name"): i for i, layer in enumerate(layers) if isinstance(layer, dict)}
+    return {key: _unnamed(value, numbers) for key, value in config.items() if key != "name"}
+
+
+def _settings(config: Any, path: str = "") -> dict[str, Any]:
+    """A nested configuration made flat."""
+    if not isinstance(config, dict):
+        return {path: config}
+    parts = (_settings(value, f"{path}.{key}".lstrip(".")) for key, value in config.items())
     return {key: value for part in parts for key, value in part.items()}
 
 

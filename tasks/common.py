@@ -58,6 +58,18 @@ def positive(text: str) -> int:
     return value
 
 
+class _Default(int):
+    """A number that nobody asked for, and multiples of it."""
+
+    def __mul__(self, factor: int) -> "_Default":
+        return _Default(int(self) * factor)
+
+
+def add_length(flags: argparse.ArgumentParser, tokens: int, told: str) -> None:
+    """The flag --sequence-length, whose default gives way to the context of --preset; what is asked for does not."""
+    flags.add_argument("--sequence-length", type=positive, default=_Default(tokens), help=told)
+
+
 def natural(text: str) -> int:
     """An integer of at least 0, for argparse."""
     value = int(text)
@@ -93,9 +105,10 @@ def _number(text: str, good: bool, expected: str) -> float:
 
 
 def prepare_output(args: argparse.Namespace, *more: str | None) -> None:
-    """Makes the places that results, in --report and `more` files, go to, before any time is spent on training."""
+    """Makes the places that results, in --report and `more` files, and the state of --resume go to, before training."""
     files = [pathlib.Path(file) for file in (args.report, *more) if file]
-    for path in (pathlib.Path(args.output_dir), *(file.parent for file in files)):
+    folders = [pathlib.Path(folder) for folder in (args.output_dir, getattr(args, "resume", None)) if folder]
+    for path in (*folders, *(file.parent for file in files)):
         try:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -177,8 +190,13 @@ def from_preset(args: argparse.Namespace, cls: Any, **options: Any) -> Any:
     """The task of `--preset`: as a recipe saved it in a .keras file, or from a checkpoint with `options`."""
     import keras
 
+    from keras_llama.checkpoints.presets import open_checkpoint
+
     if not args.preset.endswith(".keras"):
-        options |= {"dtype": args.precision, "sequence_length": args.sequence_length}
+        length = args.sequence_length
+        if isinstance(length, _Default):
+            length = min(length, open_checkpoint(args.preset).config.context_length or length)
+        options |= {"dtype": args.precision, "sequence_length": length}
         return cls.from_preset(args.preset, num_layers=args.preset_layers, **options)
     if args.preset_layers:
         raise DataError("--preset-layers is for a checkpoint: a .keras file is taken as a whole.")

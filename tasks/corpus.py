@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import heapq
 import io
 import itertools
 import json
@@ -123,19 +124,24 @@ class Source:
                 yield int(held), text, begins
 
     def learned_from(self) -> list[str]:
-        """Training texts to learn a vocabulary from: all of them, or some from everywhere."""
-        share = LEARNED_FROM / max(1, sum(path.stat().st_size for path in self.train))
+        """Training texts to learn a vocabulary from: all that are read, or some from everywhere."""
         drawn = np.random.default_rng(0)
-        found = [text for side, text, _ in self.read() if not side and drawn.random() < share]
+        found: list[tuple[float, int, str]] = []  # what is drawn for a text, its number, the text
+        size = 0
+        for number, text in enumerate(text for side, text, _ in self.read() if not side):
+            heapq.heappush(found, (drawn.random(), number, text))
+            size += len(text)
+            while size > LEARNED_FROM:
+                size -= len(heapq.heappop(found)[2])
         if not found:
             raise DataError("--data: expected text to train on. Received: blank lines, or all of it is held out.")
-        return found
+        return [text for _, _, text in sorted(found, key=lambda row: row[1])]
 
-    def digest(self, **more: str) -> str:
+    def digest(self, **more: Any) -> str:
         """Tells these files, as they are, and what else is done to them from others."""
         paths = [*self.train, *self.validation]
         stats = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-        told = json.dumps([stats, len(self.train), self.share, self.template, self.limit, more])
+        told = json.dumps([stats, len(self.train), self.share, self.template, self.limit, more], sort_keys=True)
         return hashlib.sha256(told.encode()).hexdigest()[:12]
 
 
@@ -157,6 +163,7 @@ class _Writer:
         self.write(bos)
 
     def write(self, ids: list[int], text: str = "") -> None:
+        """Appends token ids, and counts them and the text that they predict."""
         written = np.array(ids, self.dtype).tobytes()
         self.tokens.write(written)
         self.digest.update(written)
@@ -175,11 +182,11 @@ def write(source: Source, preprocessor: Any, folder: pathlib.Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with folder_beside(folder) as unfinished:
         found = _tokenized(source, preprocessor, unfinished)
-        texts = [found[name]["texts"] for name in SIDES]
-        if not texts[0] or not (texts[1] or (source.share == 0 and not source.validation)):
+        texts, sizes = ([found[name][unit] for name in SIDES] for unit in ("texts", "bytes"))
+        if not sizes[0] or not (sizes[1] or (source.share == 0 and not source.validation)):
             raise DataError(
-                f"Expected text to train on and to validate. Received: {texts[0]} texts to train on and {texts[1]} to "
-                "validate. Pass --test-data, or another --validation-share."
+                f"Expected text to train on and to validate, of more than a token. Received: {texts[0]} texts to train "
+                f"on and {texts[1]} to validate. Pass --test-data, or another --validation-share."
             )
         (unfinished / _TOKENIZER).mkdir()
         preprocessor.tokenizer.save_assets(str(unfinished / _TOKENIZER))
@@ -190,7 +197,8 @@ def write(source: Source, preprocessor: Any, folder: pathlib.Path) -> None:
 def _tokenized(source: Source, preprocessor: Any, folder: pathlib.Path) -> dict[str, dict[str, Any]]:
     """Writes the token ids of both sides, and says what there is of each.
 
-    A text begins and ends with the tokenizer's special tokens. What follows a part that is held out begins anew.
+    A text begins and ends with the tokenizer's special tokens. What follows a part that is held out begins anew. Where
+    no token begins a text, the bytes and characters of its first one are not counted.
     """
     tokenizer, last = preprocessor.tokenizer, None
     bos = [tokenizer.bos_id] if preprocessor.add_bos and tokenizer.bos_id >= 0 else []
@@ -204,10 +212,14 @@ def _tokenized(source: Source, preprocessor: Any, folder: pathlib.Path) -> dict[
         for side, text, begins in source.read():
             if begins and last:
                 last.write(preprocessor.end)
-            if begins or last is not sides[side]:
-                sides[side].begin(bos)
+            opens = begins or last is not sides[side]
             last = sides[side]
-            last.write(tokenizer.encode([text])[0], text)
+            if opens:
+                last.begin(bos)
+            (ids,) = tokenizer.encode([text])
+            if opens and not bos:  # nothing predicts the first token
+                text = text[len(tokenizer.decode([ids[:1]])[0]) :]
+            last.write(ids, text)
         if last:
             last.write(preprocessor.end)
         return {name: side.told for name, side in zip(SIDES, sides, strict=True)}

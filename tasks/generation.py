@@ -135,7 +135,7 @@ def main(arguments=None):
     flags.add_argument("--template", help='a text of the fields of .json and .jsonl files, as "{title}\\n{content}"')
     flags.add_argument("--dtype", help="without --data: of the weights; default: what they were saved in")
     flags.add_argument("--vocabulary-size", type=common.positive, default=4000)
-    flags.add_argument("--sequence-length", type=common.positive, default=512, help="tokens; longer texts are cut")
+    common.add_length(flags, 512, "tokens; longer texts are cut")
     flags.add_argument(
         "--packing",
         action=argparse.BooleanOptionalAction,

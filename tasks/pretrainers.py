@@ -4,6 +4,7 @@ Shapes: B batch, T tokens of a row.
 """
 
 import functools
+import hashlib
 import itertools
 import math
 import pathlib
@@ -46,14 +47,14 @@ class TrainingRows(_Rows):
     """An epoch is the next `steps` batches: passes over the corpus follow each other, in orders drawn from `seed`.
 
     Each pass goes round the corpus from another token. Every batch is known by its number alone, so that training goes
-    on anywhere; memory grows by 8 bytes a row.
+    on anywhere; memory grows by 8 bytes a row, and for a moment by 16 where the next pass is drawn.
     """
 
     def __init__(self, side, length, batch_size, steps, seed):
         super().__init__(side, length, batch_size)
         self.steps, self.seed, self.epoch = steps, seed, 0
         self.per_pass = rows_of_pass(side, length)
-        self._pass = functools.lru_cache(2)(self._drawn)
+        self._pass = functools.lru_cache(1)(self._drawn)
 
     def __len__(self):
         return self.steps
@@ -79,11 +80,16 @@ class TrainingRows(_Rows):
 
 
 class ValidationRows(_Rows):
-    """Texts in their order, as many as fit whole into a row; longer ones go over several."""
+    """Texts in their order, as many as fit whole into a row; longer ones go over several.
 
-    def __init__(self, side, length, batch_size):
+    `most` rows, if there are more, are taken at even distances.
+    """
+
+    def __init__(self, side, length, batch_size, most=None):
         super().__init__(side, length, batch_size)
-        self.spans = np.array(list(_spans(self.starts, len(self.tokens), length)))
+        spans = np.array(list(_spans(self.starts, len(self.tokens), length)))
+        count = min(most or len(spans), len(spans))
+        self.spans = spans[np.linspace(0, len(spans) - 1, count).astype(int)]
 
     def __len__(self):
         return -(-len(self.spans) // self.batch_size)
@@ -95,6 +101,13 @@ class ValidationRows(_Rows):
     def bits_per_byte(self):
         """What the logarithm of a perplexity is multiplied by: tokens predicted for each byte of text, over ln 2."""
         return (len(self.tokens) - len(self.starts)) / self.counts["bytes"] / math.log(2)
+
+    def measured(self, lm):
+        """How well a model knows these rows, for the report."""
+        perplexity = float(lm.evaluate(self, return_dict=True)["perplexity"])
+        bits = math.log(perplexity) * self.bits_per_byte
+        nats = bits * math.log(2) * self.counts["bytes"] / self.counts["characters"]
+        return {"perplexity": perplexity, "bits_per_byte": bits, "nats_per_character": nats}
 
 
 def rows_of_pass(side, length):
@@ -115,29 +128,54 @@ def _spans(starts, tokens, length):
     yield begin, tokens
 
 
-def tokenizer(args, source, folder):
-    """The tokenizer of the corpus in `folder` if it is there, that of --tokenizer, or one learned from the texts."""
-    if folder.exists():
-        return open_tokenizer(corpus.vocabulary(folder))
+def given(args):
+    """The files of the tokenizer of --tokenizer; none without it."""
     if not args.tokenizer:
-        learned = keras_llama.SentencePieceTokenizer.train(
-            source.learned_from(), args.vocabulary_size, split_ideographs=args.split_ideographs
-        )
-        return open_tokenizer(learned.files)  # as the corpus and the preset will be opened
+        return {}
     path = pathlib.Path(args.tokenizer)
     if path.is_file() and path.name in ("tokenizer.json", "tokenizer.model"):
-        return open_tokenizer({path.name: path.read_bytes()})
+        return {path.name: path.read_bytes()}
     files = open_checkpoint(args.tokenizer).tokenizer_files
     if not files:
         raise common.DataError(f"--tokenizer {args.tokenizer}: expected a checkpoint with a tokenizer.")
-    return open_tokenizer(files)
+    return files
 
 
-def build(args, source, folder):
-    """The model of --preset, or one from scratch, with its preprocessor."""
+def tokenizer(args, files, source, folder):
+    """The tokenizer of `files`, or of the corpus in `folder` if it is there, or one learned from the texts."""
+    if not files and folder.exists():
+        files = corpus.vocabulary(folder)
+    if not files:
+        learned = keras_llama.SentencePieceTokenizer.train(
+            source.learned_from(), args.vocabulary_size, split_ideographs=args.split_ideographs
+        )
+        files = learned.files
+    return open_tokenizer(files)  # as the corpus and the preset will be opened
+
+
+def build(args, source):
+    """The model of --preset, or one from scratch, with its preprocessor; and the folder for its tokens.
+
+    That is told by the vocabulary: its files, or what one is to be learned by.
+    """
+    lm, files = None, given(args)
+    told = {name: getattr(args, name) for name in ("vocabulary_size", "split_ideographs")}
     if args.preset:
-        return common.from_preset(args, keras_llama.LlamaCausalLM)
-    found = tokenizer(args, source, folder)
+        lm = common.from_preset(args, keras_llama.LlamaCausalLM)
+        if lm.preprocessor is None:
+            raise common.DataError(f"--preset {args.preset}: expected a checkpoint with a tokenizer.")
+        files = lm.preprocessor.tokenizer.files
+    if files:
+        told = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        told["begin"] = lm and lm.preprocessor.begin
+    folder = pathlib.Path(args.output_dir, f"tokens-{source.digest(**told)}")
+    if lm is None:
+        lm = scratch(args, tokenizer(args, files, source, folder))
+    return lm, folder
+
+
+def scratch(args, found):
+    """A model from scratch over the vocabulary of the tokenizer `found`."""
     backbone = keras_llama.LlamaBackbone(
         vocabulary_size=found.vocabulary_size,
         **keras_llama.size(args.size),
@@ -206,15 +244,38 @@ class Measures(keras.callbacks.Callback):
             logs["val_bits_per_byte"] = math.log(logs["val_perplexity"]) * self.bits_per_byte
 
 
-class Checkpoints(keras.callbacks.Callback):
-    """After each epoch saves the model as OUTPUT_DIR/preset, and shows how it continues every --prompt."""
+class LastStep(keras.callbacks.Callback):
+    """Ends training after `steps` in all, if that is within an epoch of `per_epoch`."""
 
-    def __init__(self, args):
+    def __init__(self, steps, per_epoch):
+        super().__init__()
+        self.steps, self.per_epoch, self.before = steps, per_epoch, 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.before = epoch * self.per_epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.before + batch + 1 == self.steps < self.before + self.per_epoch:
+            self.model.stop_training = True
+
+
+class Checkpoints(keras.callbacks.Callback):
+    """After each epoch saves the model as OUTPUT_DIR/preset, and shows how it continues every --prompt.
+
+    What `lm` could not continue is refused at once.
+    """
+
+    def __init__(self, args, lm):
         super().__init__()
         self.prompts = [records.opening(args.template, prompt) for prompt in args.prompt]
         self.options = {"max_new_tokens": args.max_new_tokens, "seed": args.seed}
         self.path = pathlib.Path(args.output_dir, "preset")
         self.texts = []
+        for prompt in self.prompts:
+            try:
+                lm.generate(prompt, stream=True, **self.options)  # checks, and runs nothing
+            except ValueError as error:
+                raise common.DataError(f"--prompt {prompt!r}: {error}") from error
 
     def on_epoch_end(self, epoch, logs=None):
         if not (self.model.adapters or self.model.quantized):  # what is beside adapters has not changed

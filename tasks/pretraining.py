@@ -28,8 +28,6 @@ def prepare(args):
         raise common.DataError("--tensorboard needs TensorBoard: pip install tensorboard.")
     paths = (corpus.files(args.data), corpus.files(args.test_data or []))
     source = corpus.Source(*paths, args.validation_share, args.template, args.limit)
-    names = ("preset", "tokenizer", "vocabulary_size", "split_ideographs")
-    told = source.digest(**{name: str(getattr(args, name)) for name in names})
     import keras
 
     from tasks import pretrainers
@@ -37,19 +35,17 @@ def prepare(args):
     common.prepare_output(args)
     common.prepare_backend(args)
     keras.utils.set_random_seed(args.seed)
-    folder = pathlib.Path(args.output_dir, f"tokens-{told}")
-    lm = pretrainers.build(args, source, folder)
+    lm, folder = pretrainers.build(args, source)
     common.choose_trainable(lm, args)
     memory.check(lm, args)
+    pretrainers.Checkpoints(args, lm)  # refuses a prompt now, not after --save-every steps
     if not folder.exists():
         corpus.write(source, lm.preprocessor, folder)
-    if corpus.vocabulary(folder) != lm.preprocessor.tokenizer.files:
-        raise common.DataError(f"{folder}: expected the tokens of this model's vocabulary. Delete the folder.")
     return lm, corpus.opened(folder), folder
 
 
 def train(lm, args, sides):
-    """Fits; returns the history and the last samples."""
+    """Fits; returns the history, the last samples, and all rows to validate on."""
     import keras
 
     from tasks import pretrainers
@@ -57,19 +53,25 @@ def train(lm, args, sides):
     length, size = lm.preprocessor.sequence_length, args.batch_size
     steps = args.steps or math.ceil(args.epochs * pretrainers.rows_of_pass(sides[0], length) / size)
     epochs = math.ceil(steps / args.save_every)
-    rows = pretrainers.TrainingRows(sides[0], length, size, math.ceil(steps / epochs), args.seed)
-    held = pretrainers.ValidationRows(sides[1], length, size) if sides[1:] else None
-    lm.compile(**common.compile_options(lm, args, len(rows) * epochs * size, 1))
+    rows = pretrainers.TrainingRows(sides[0], length, size, args.save_every, args.seed)
+    # At each save on a tenth as many rows as were trained since the last one: a thirtieth of the time.
+    held, some = (
+        pretrainers.ValidationRows(sides[1], length, size, most) if sides[1:] else None
+        for most in (None, size * max(1, args.save_every // 10))
+    )
+    lm.compile(**common.compile_options(lm, args, steps * size, 1))
     peak = args.peak_flops or pretrainers.measured_flops(lm.dtype_policy.compute_dtype)
     flops = pretrainers.flops_of_token(lm, length)
-    print(f"{len(rows) * epochs} steps of {size * length} tokens, {flops:.3g} operations a token; {peak:.3g} a second")
-    samples = pretrainers.Checkpoints(args)
-    callbacks = [pretrainers.Measures(size * length, flops, peak, held and held.bits_per_byte), samples]
+    print(f"{steps} steps of {size * length} tokens, {flops:.3g} operations a token; {peak:.3g} a second")
+    samples = pretrainers.Checkpoints(args, lm)
+    callbacks = [pretrainers.Measures(size * length, flops, peak, some and some.bits_per_byte), samples]
+    callbacks.append(pretrainers.LastStep(steps, args.save_every))
     if args.tensorboard:
         callbacks.append(keras.callbacks.TensorBoard(pathlib.Path(args.output_dir, "logs")))
     with common.profiled(args) as profile:
-        options = {"validation_data": held, "callbacks": callbacks + profile, "shuffle": False}
-        return common.fit(args, lm, "pretraining", rows, epochs=epochs, **options).history, samples.texts
+        options = {"validation_data": some, "callbacks": callbacks + profile, "shuffle": False}
+        history = common.fit(args, lm, "pretraining", rows, epochs=epochs, **options).history
+    return history, samples.texts, held
 
 
 def run(args, lm, sides, folder):
@@ -80,8 +82,9 @@ def run(args, lm, sides, folder):
         print(f"{folder}, {name}: {count['tokens']:,} tokens of {count['bytes']:,} bytes, {count['texts']:,} texts")
     lm.summary()
     started = time.perf_counter()
-    history, samples = train(lm, args, sides)
+    history, samples, held = train(lm, args, sides)
     seconds = time.perf_counter() - started
+    measured = held.measured(lm) if held else {}
     output = pathlib.Path(args.output_dir)
     plots.training(output / "training.png", history)
     common.deliver_preset(lm, output)
@@ -96,13 +99,10 @@ def run(args, lm, sides, folder):
         "loss": history["loss"],
         "samples": samples,
         "settings": vars(args),
+        **measured,
     }
-    if "val_perplexity" in history:
-        report["perplexity"] = history["val_perplexity"][-1]
-        report["bits_per_byte"] = history["val_bits_per_byte"][-1]
-        nats = report["bits_per_byte"] * math.log(2) * counts[1]["bytes"]
-        report["nats_per_character"] = nats / counts[1]["characters"]
-        print(f"validation perplexity {report['perplexity']:.3f}, bits per byte {report['bits_per_byte']:.4f}")
+    if measured:
+        print(f"validation perplexity {measured['perplexity']:.3f}, bits per byte {measured['bits_per_byte']:.4f}")
     common.write_report(args.report or output / "metrics.json", report)
 
 
@@ -115,7 +115,7 @@ def parser():
     flags.add_argument("--tokenizer", help="a checkpoint's, tokenizer.json or .model; default: learned from --data")
     flags.add_argument("--vocabulary-size", type=common.positive, default=4000)
     flags.add_argument("--split-ideographs", action="store_true", help="Chinese characters are tokens of their own")
-    flags.add_argument("--sequence-length", type=common.positive, default=256, help="tokens of a row")
+    common.add_length(flags, 256, "tokens of a row")
     flags.add_argument("--tied", action="store_true", help="the head is the embedding, which has fewer weights")
     flags.add_argument("--dropout", type=common.share, default=0.0)
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.1)
@@ -123,7 +123,7 @@ def parser():
     flags.add_argument("--save-every", type=common.positive, default=500, help="steps")
     flags.add_argument("--resume", help="a directory: keep the state of training there, and go on from what is there")
     flags.add_argument("--prompt", action="append", default=[], help="a text to continue as it trains; may be repeated")
-    flags.add_argument("--max-new-tokens", type=common.positive, default=64)
+    flags.add_argument("--max-new-tokens", type=common.positive, help="default: 128, or what --sequence-length leaves")
     flags.add_argument("--peak-flops", type=common.above_zero, help="operations a second; default: of a matrix product")
     flags.add_argument("--tensorboard", action="store_true", help="write OUTPUT_DIR/logs")
     memory.add_flag(flags)
@@ -133,11 +133,11 @@ def parser():
 def main(arguments=None):
     flags = parser()
     args = flags.parse_args(arguments)
-    try:
-        made = prepare(args)
-    except ValueError as error:
-        flags.error(str(error))
     with common.told(flags):
+        try:
+            made = prepare(args)
+        except ValueError as error:
+            flags.error(str(error))
         run(args, *made)
 
 

@@ -11,13 +11,14 @@ from tasks.common import DataError
 
 ENDINGS = (".json", ".jsonl")
 TEMPLATE = "{text}"
-_BINARY = re.compile(r"[\x00-\x08\x0e-\x1f]")
+# Control characters, as binary files hold, and halves of surrogate pairs, which UTF-8 has no bytes for.
+_NO_TEXT = re.compile(r"[\x00-\x08\x0e-\x1f\ud800-\udfff]")
 
 
 def printable(text: str, place: str) -> str:
-    """The text, unless it holds control characters, as binary files do."""
-    if found := _BINARY.search(text):
-        raise DataError(f"{place}: expected text. Received: the control character {found[0]!r}.")
+    """The text, unless it holds a character that no text has."""
+    if found := _NO_TEXT.search(text):
+        raise DataError(f"{place}: expected text. Received: the character {found[0]!r}, which no text has.")
     return text
 
 

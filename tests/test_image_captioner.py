@@ -103,6 +103,27 @@ def test_learns_captions_and_gives_them_back(trained, tmp_path):
     assert trained.evaluate(images, CAPTIONS[::-1], verbose=0, return_dict=True)["accuracy"] < 1
 
 
+def connected(twice):
+    """Two layers and their sum, or twice the second: the layers are the same."""
+    image = keras.Input((16, 16, 3))
+    first = keras.layers.Conv2D(8, 8, 8)(image)
+    second = keras.layers.Conv2D(8, 1, activation="relu")(first)
+    return keras.Model(image, keras.layers.Add()([second if twice else first, second]))
+
+
+def test_a_training_goes_on_with_layers_of_other_automatic_names(tokenizer, tmp_path):
+    def fit(encoder, epochs):
+        model = make(tokenizer, encoder)
+        model.compile()
+        return model.fit(plain_images(), CAPTIONS, epochs=epochs, verbose=0, resume=tmp_path)
+
+    first = fit(connected(twice=False), 1).history["loss"]
+    history = fit(connected(twice=False), 2)
+    assert (history.epoch, history.history["loss"][:1]) == ([0, 1], first)
+    with pytest.raises(ValueError, match="must be of this model"):
+        fit(connected(twice=True), 3)
+
+
 def inputs_of(model, images, rows):
     """What the graph takes: images, and rows of token ids behind the start."""
     ids = np.array([[model.start_id, *row] for row in rows], "int32")

@@ -1,10 +1,14 @@
 """Pretraining on text of any length: the recipe, its files of tokens, exact resumption, and what it refuses."""
 
 import contextlib
+import functools
+import importlib
 import io
 import json
 import math
 import os
+import re
+import resource
 import signal
 import tracemalloc
 
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 
 import keras_llama
-from tasks import corpus, pretrainers, pretraining, records
+from tasks import common, corpus, pretrainers, pretraining, records
 
 WORDS = ["a good film", "the ball is round\nand red", "we saw the film", "很好的电影", "a red ball and a dog"]
 STORIES = [f"{WORDS[i % 5]} {WORDS[i % 3]} {i}" for i in range(120)]
@@ -116,7 +120,7 @@ def test_every_recipe_starts_from_the_preset(run, stories, tmp_path):
     from tasks import classification, generation
 
     output, *_ = run
-    preset = ["--preset", output / "preset", "--batch-size", "16", "--epochs", "1", "--sequence-length", "32"]
+    preset = ["--preset", output / "preset", "--batch-size", "16", "--epochs", "1"]  # whose context is 32
     rows = tmp_path / "rows.tsv"
     texts = [story.replace("\n", " ") for story in STORIES[:40]]
     rows.write_text("".join(f"{text}\t{'film' in text}\n" for text in texts), encoding="utf-8")
@@ -143,7 +147,9 @@ def counted(self, batch, logs=None):
     measured(self, batch, logs)
 pretrainers.Measures.on_train_batch_end = counted
 for output in sys.argv[2].split(","):
+    before = step
     pretraining.main(["--resume", output + "/state", "--output-dir", output, *sys.argv[3:]])
+    print("steps made:", step - before)
 """
 
 
@@ -155,11 +161,46 @@ def test_a_killed_training_ends_with_the_same_loss(stories, tmp_path, run_python
     killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
     done = run_python(KILLED, step, killed, *flags, check=False)
     assert done.returncode == -signal.SIGKILL
-    run_python(KILLED, 0, f"{killed},{unbroken}", *flags)
+    made = re.findall(r"steps made: (\d+)", run_python(KILLED, 0, f"{killed},{unbroken}", *flags))
+    assert [*map(int, made)] == [8 - (step - 1) // 2 * 2, 8]
     one, other = report_of(killed), report_of(unbroken)
     assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
     assert one["bits_per_byte"] == pytest.approx(other["bits_per_byte"], rel=1e-5)
     assert len(set(one["loss"])) == 4
+
+
+def test_steps_are_exact_and_more_of_them_go_on_from_the_last_whole_part(stories, tmp_path, monkeypatch):
+    made, validated = [], []
+    ended, fit = pretrainers.Measures.on_train_batch_end, common.fit
+
+    def counted(self, batch, logs=None):
+        made.append(batch)
+        ended(self, batch, logs)
+
+    def watched(*arguments, **options):
+        validated.append(len(options["validation_data"].spans))
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(pretrainers.Measures, "on_train_batch_end", counted)
+    monkeypatch.setattr(common, "fit", watched)
+    output = tmp_path / "out"
+    flags = ["--data", stories, "--output-dir", output, "--resume", tmp_path / "state", "--save-every", "3"]
+    pretrained(*flags, "--steps", "7")
+    assert made == [0, 1, 2, 0, 1, 2, 0]
+    seven = report_of(output)
+    made.clear()
+    pretrained(*flags, "--steps", "11")
+    assert made == [0, 1, 2, 0, 1]
+    eleven = report_of(output)
+    assert (len(seven["loss"]), len(eleven["loss"])) == (3, 4)
+    assert eleven["loss"][:2] == seven["loss"][:2]
+    made.clear()
+    pretrained(*flags, "--steps", "11")
+    assert made == [0, 1]
+    assert report_of(output)["bits_per_byte"] == pytest.approx(eleven["bits_per_byte"], rel=1e-5)
+    (side,) = (side for side in corpus.opened(next(output.glob("tokens-*")))[1:])
+    assert {*validated} == {4}
+    assert len(pretrainers.ValidationRows(side, 32, 4).spans) > 4
 
 
 def refused(capsys, *arguments):
@@ -195,12 +236,13 @@ def test_a_state_of_another_model_or_of_other_data_is_refused(stories, tmp_path,
 BAD_FILES = {
     "empty": ("t.txt", b"", "t.txt: expected text. Received: an empty file"),
     "blank": ("t.txt", b"\n \n\n", "expected text to train on. Received: blank lines"),
-    "NUL bytes": ("t.txt", b"good\nfilm\x00\n", "t.txt:2: expected text. Received: the control character '\\x00'"),
+    "NUL bytes": ("t.txt", b"good\nfilm\x00\n", "t.txt:2: expected text. Received: the character '\\x00'"),
     "binary": ("t.txt", b"\x89PNG\r\n\x1a\n\x00\x00", "t.txt:1: expected UTF-8"),
     "half a character": ("t.txt", "很".encode()[:2], "t.txt:1: expected UTF-8"),
     "one text": ("t.txt", b"a good film", "to train on"),
     "two texts": ("t.txt", b"one\n<|endoftext|>\nthree", "2 texts to train on and 0 to validate"),
     "no JSON": ("t.jsonl", b'{"text": "a"}\n{oops\n', "t.jsonl:2: expected a JSON object"),
+    "half a pair": ("t.jsonl", b'{"text": "a"}\n{"text": "\\ud800"}', "t.jsonl:2: expected text. Received: the char"),
     "another field": ("t.jsonl", b'{"story": "a"}\n', "t.jsonl:1: expected an object with text. Received: ['story']"),
     "a number": ("t.jsonl", b"3\n", "t.jsonl:1: expected an object with text. Received: 3"),
     "an empty text": ("t.jsonl", b'{"text": " "}\n', "t.jsonl:1: expected a text"),
@@ -227,6 +269,8 @@ def test_refuses_what_it_cannot_start_with(stories, tmp_path, capsys):
     (tmp_path / "folder").mkdir()
     assert "expected a folder with files" in refused(capsys, "--data", tmp_path / "folder", *output)
     data = ["--data", stories, *output]
+    (tmp_path / "file").write_text("")
+    assert "file: cannot be made a directory" in refused(capsys, *data, "--resume", tmp_path / "file")
     assert "--preset has its own" in refused(capsys, *data, "--preset", "a", "--tokenizer", "b")
     assert "nowhere" in refused(capsys, *data, "--tokenizer", tmp_path / "nowhere")
     huge = [*map(str, [*data, *FAST]), "--batch-size", "10000000"]
@@ -237,6 +281,79 @@ def test_refuses_what_it_cannot_start_with(stories, tmp_path, capsys):
         (tmp_path / "rows.jsonl").write_text('{"a": "b"}\n')
         error = refused(capsys, "--data", tmp_path / "rows.jsonl", "--template", template, *output)
         assert "expected names of fields in braces" in error, template
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--prompt", ""], "--prompt '': `prompts[0]` must not be empty"),
+        (["--prompt", "a good " * 40], "must be shorter than the context of 32 tokens"),
+        (["--prompt", "a", "--max-new-tokens", "32"], "must fit into the context of 32 tokens"),
+    ],
+)
+def test_a_prompt_that_cannot_be_continued_is_refused_before_training(stories, tmp_path, capsys, flags, message):
+    assert message in refused(capsys, "--data", stories, "--output-dir", tmp_path / "out", *flags)
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.plain
+def test_a_full_disk_is_told_in_a_line(stories, tmp_path, capsys):
+    """Files may grow to less than the tokens take."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        message = refused(capsys, "--data", stories, "--output-dir", tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "File too large" in message
+    assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.fixture(scope="module")
+def make_preset(tmp_path_factory):
+    """A language model of some context, as the recipe saves it."""
+
+    def made(context):
+        tokenizer = keras_llama.SentencePieceTokenizer.train(STORIES, 310)
+        size = {**keras_llama.size("tiny"), "context_length": context}
+        backbone = keras_llama.LlamaBackbone(vocabulary_size=tokenizer.vocabulary_size, **size)
+        lm = keras_llama.LlamaCausalLM(backbone, keras_llama.TextPreprocessor(tokenizer, context, add_eos=True))
+        folder = tmp_path_factory.mktemp("preset")
+        lm.save_to_preset(folder)
+        return folder
+
+    return functools.cache(made)
+
+
+STARTS = {  # context of the preset, flags
+    "classification": (256, ["--data", "{rows}"]),
+    "generation": (256, ["--data", "{stories}"]),
+    "translation": (256, ["--data", "{rows}"]),
+    "translation by a decoder": (100, ["--data", "{rows}", "--architecture", "decoder"]),
+    "question_answering": (256, ["--limit", "8"]),
+    "captioning": (256, ["--limit", "8", "--variants", "1"]),
+    "pretraining": (100, ["--data", "{stories}"]),
+}
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("case", STARTS)
+def test_every_recipe_starts_at_its_defaults(case, make_preset, stories, tmp_path, monkeypatch, capsys):
+    context, flags = STARTS[case]
+    recipe, started = importlib.import_module(f"tasks.{case.split()[0]}"), []
+    monkeypatch.setattr(recipe, "run", lambda args, *made: started.extend(keras.tree.flatten(made)))
+    rows = tmp_path / "rows.tsv"
+    rows.write_text("".join(f"a good film {i}\tlabel {i % 2}\n" for i in range(60)), encoding="utf-8")
+    flags = ["--preset", str(make_preset(context)), "--output-dir", str(tmp_path / "out"), *flags]
+    flags = [flag.format(rows=rows, stories=stories) for flag in flags]
+    recipe.main(flags)
+    (model,) = (part for part in started if isinstance(part, keras.Model))
+    assert model.preprocessor.sequence_length <= context
+    with pytest.raises(SystemExit) as left:
+        recipe.main([*flags, "--sequence-length", str(context + 1)])
+    assert left.value.code == 2
+    assert f"must be at most the model's context of {context} tokens" in capsys.readouterr().err
 
 
 @pytest.mark.plain
@@ -283,11 +400,15 @@ def test_equal_texts_are_on_one_side_and_a_text_goes_on_where_none_of_it_is_held
 def test_a_vocabulary_is_learned_from_a_part_of_much_text(stories, monkeypatch):
     known = [text for side, text, _ in source(stories).read() if not side]
     assert source(stories).learned_from() == known
-    monkeypatch.setattr(corpus, "LEARNED_FROM", stories.stat().st_size // 4)
+    most = sum(map(len, known)) // 4
+    monkeypatch.setattr(corpus, "LEARNED_FROM", most)
     some = source(stories).learned_from()
-    assert len(known) / 8 < len(some) < len(known) / 2
-    assert set(some) < set(known)
+    assert most - max(map(len, known)) < sum(map(len, some)) <= most
+    assert some == [text for text in known if text in {*some}]
+    assert known.index(some[0]) < len(known) / 4 < len(known) * 3 / 4 < known.index(some[-1])
     assert source(stories).learned_from() == some
+    few = source(stories, limit=len(STORIES) // 8)
+    assert few.learned_from() == [text for side, text, _ in few.read() if not side]
 
 
 @pytest.mark.plain
@@ -340,6 +461,41 @@ def test_validation_predicts_each_token_once_and_cuts_no_text_that_fits():
 
 
 @pytest.mark.plain
+def test_some_of_the_validation_rows_are_at_even_distances():
+    rows = pretrainers.ValidationRows(side_of(*TEXTS), 10, 2, 3)
+    assert (len(rows), rows.spans[:, 0].tolist()) == (2, [0, 14, 37])
+    every = pretrainers.ValidationRows(side_of(*TEXTS), 10, 2)
+    assert np.array_equal(pretrainers.ValidationRows(side_of(*TEXTS), 10, 2, 99).spans, every.spans)
+
+
+@pytest.mark.plain
+def test_the_order_of_a_pass_takes_eight_bytes_a_row():
+    tokens = np.broadcast_to(np.uint16(7), 3_000_001)
+    rows = pretrainers.TrainingRows(corpus.Side(tokens, np.zeros(1, int), {}), 4, 1, 1, seed=0)
+    tracemalloc.start()
+    for turn in range(3):
+        rows.start(turn * rows.per_pass)
+        rows[0]
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 8 <= held / rows.per_pass < 9
+
+
+@pytest.mark.plain
+def test_the_text_of_a_token_that_nothing_predicts_is_not_counted(tmp_path, chat_tokenizer, tokenizer):
+    path = tmp_path / "t.txt"
+    path.write_text(f"\n{corpus.MARK}\n".join(f"a good film {i}" for i in range(60)), encoding="utf-8")
+    for name, found in (("without", chat_tokenizer), ("with", tokenizer)):
+        preprocessor = keras_llama.TextPreprocessor(found, 16, add_bos=found.bos_id >= 0, add_eos=True)
+        corpus.write(source(path), preprocessor, tmp_path / name)
+        for number, side in enumerate(corpus.opened(tmp_path / name)):
+            texts = [text for held, text, _ in source(path).read() if held == number]
+            if name == "without":
+                texts = found.decode([ids[1:] for ids in found.encode(texts)])
+            assert side.counts["characters"] == side.counts["bytes"] == sum(map(len, texts))
+
+
+@pytest.mark.plain
 def test_a_pass_trains_every_pair_and_each_batch_is_known_by_its_number():
     side = side_of(*TEXTS[:2], range(60, 70))  # 36 tokens: 4 rows of 10
     rows = pretrainers.TrainingRows(side, 10, 4, 1, seed=5)
@@ -383,13 +539,15 @@ def test_tokenizers_are_given_learned_and_kept(stories, tmp_path, chat_tokenizer
     given = tmp_path / "tokenizer.json"
     given.write_bytes(chat_tokenizer.files["tokenizer.json"])
     args = pretraining.parser().parse_args(["--tokenizer", str(given)])
-    assert pretrainers.tokenizer(args, None, tmp_path / "none").encode(["a film"]) == chat_tokenizer.encode(["a film"])
+    opened = pretrainers.tokenizer(args, pretrainers.given(args), None, tmp_path / "none")
+    assert opened.encode(["a film"]) == chat_tokenizer.encode(["a film"])
     args = pretraining.parser().parse_args(["--vocabulary-size", "320", "--split-ideographs"])
-    learned = pretrainers.tokenizer(args, source(stories), tmp_path / "none")
+    assert pretrainers.given(args) == {}
+    learned = pretrainers.tokenizer(args, {}, source(stories), tmp_path / "none")
     assert learned.vocabulary_size <= 320
     preprocessor = keras_llama.TextPreprocessor(learned, 16, add_eos=True)
     corpus.write(source(stories), preprocessor, tmp_path / "tokens")
-    kept = pretrainers.tokenizer(args, None, tmp_path / "tokens")
+    kept = pretrainers.tokenizer(args, {}, None, tmp_path / "tokens")
     assert kept.files == learned.files
     train, _ = corpus.opened(tmp_path / "tokens")
     ends = [*train.starts[1:], len(train.tokens)]
@@ -408,6 +566,19 @@ def test_tokens_written_are_used_again_and_changed_files_are_read_again(stories,
     assert first == again != changed
     assert len(written) == 2
     assert sorted(tmp_path.iterdir()) == sorted([first, changed])
+
+
+@pytest.mark.plain
+def test_a_tokenizer_that_has_changed_makes_other_tokens(stories, tmp_path):
+    path, folders = tmp_path / "tokenizer.model", []
+    flags = ["--data", str(stories), "--tokenizer", str(path), "--output-dir", str(tmp_path / "out"), *FAST]
+    for size in (300, 310, 300):
+        files = keras_llama.SentencePieceTokenizer.train(STORIES, size).files
+        path.write_bytes(files[path.name])
+        lm, _, folder = pretraining.prepare(pretraining.parser().parse_args(flags))
+        assert lm.preprocessor.tokenizer.files == corpus.vocabulary(folder) == {path.name: files[path.name]}
+        folders.append(folder)
+    assert folders[0] == folders[2] != folders[1]
 
 
 @pytest.mark.plain

@@ -289,7 +289,7 @@ def test_a_full_disk_is_told(resumed, tmp_path, capsys, monkeypatch):
 BAD_TEXTS = {
     "empty": (b"", "expected at least one line of text. Received: an empty file"),
     "blank": (b"\n \n", "expected at least one line of text"),
-    "binary": (b"good\n\x00\x01\n", "more.txt:2: expected text. Received: the control character"),
+    "binary": (b"good\n\x00\x01\n", "more.txt:2: expected text. Received: the character"),
     "no UTF-8": (b"\xff\xfe\n", "more.txt:1: expected UTF-8"),
 }
 

@@ -30,6 +30,17 @@ def build(tokenizer, **changes):
     return model
 
 
+class Counted(keras.callbacks.Callback):
+    """Lists the steps that a training makes: numbers of a callback are kept in the state, lists are not."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.steps.append(batch)
+
+
 class Interrupted(keras.callbacks.Callback):
     """Ends the training in the middle of an epoch."""
 
@@ -43,6 +54,14 @@ class Interrupted(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if (self.now, batch) == self.place:
             raise KeyboardInterrupt
+
+
+class Stopped(Interrupted):
+    """The same for a reason of its own, as a limit of time."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.now, batch) == self.place:
+            self.model.stop_training = True
 
 
 def fit(model, *others, texts=TEXTS, labels=LABELS, epochs=5, patience=9, **options):
@@ -87,6 +106,16 @@ def test_an_interrupted_training_ends_as_an_unbroken_one(tokenizer, tmp_path):
     np.testing.assert_allclose(resumed.predict(TEXTS, verbose=0), unbroken.predict(TEXTS, verbose=0), atol=1e-5)
 
 
+def test_an_epoch_that_is_stopped_within_is_trained_again(tokenizer, tmp_path):
+    expected = fit(build(tokenizer), epochs=3, resume=tmp_path / "unbroken").history
+    stopped = fit(build(tokenizer), Stopped(1, 2), epochs=3, resume=tmp_path / "broken")
+    assert (stopped.epoch, len(stopped.history["loss"])) == ([0, 1], 2)
+    history = fit(build(tokenizer), epochs=3, resume=tmp_path / "broken")
+    assert history.epoch == [0, 1, 2]
+    for name, values in expected.items():
+        np.testing.assert_allclose(history.history[name], values, rtol=1e-5, err_msg=name)
+
+
 def test_keeping_states_changes_nothing(tokenizer, tmp_path):
     kept, plain = (fit(build(tokenizer), epochs=2, **options) for options in ({"resume": tmp_path}, {}))
     assert kept.history == plain.history
@@ -98,14 +127,14 @@ import keras
 sys.path.insert(0, "tests")
 import test_resume
 tokenizer = keras.saving.load_model(sys.argv[1]).preprocessor.tokenizer
-class Killed(keras.callbacks.Callback):
-    steps = 0
+class Killed(test_resume.Counted):
     def on_train_batch_end(self, batch, logs=None):
-        self.steps += 1
-        if self.steps == int(sys.argv[3]):
+        super().on_train_batch_end(batch, logs)
+        if len(self.steps) == int(sys.argv[3]):
             os.kill(os.getpid(), signal.SIGKILL)
-history = test_resume.fit(test_resume.build(tokenizer), Killed(), resume=sys.argv[2])
-print(history.history["loss"][-1])
+killed = Killed()
+history = test_resume.fit(test_resume.build(tokenizer), killed, resume=sys.argv[2])
+print(len(killed.steps), history.history["loss"][-1])
 """
 
 
@@ -116,11 +145,12 @@ def test_a_killed_process_ends_with_the_same_loss(tokenizer, tmp_path, run_pytho
     print(f"killed at step {step}")
     done = run_python(KILLED, tmp_path / "model.keras", tmp_path / "killed", step, check=False)
     assert done.returncode == -signal.SIGKILL
-    for folder in ("killed", "unbroken"):
-        done = run_python(KILLED, tmp_path / "model.keras", tmp_path / folder, 0)
-        if folder == "killed":
-            killed = float(done.split()[-1])
-    assert killed == pytest.approx(float(done.split()[-1]), rel=1e-5)
+    (steps, killed), (every, unbroken) = (
+        run_python(KILLED, tmp_path / "model.keras", tmp_path / folder, 0).split()[-2:]
+        for folder in ("killed", "unbroken")
+    )
+    assert (int(steps), int(every)) == (35 - (step - 1) // 7 * 7, 35)
+    assert float(killed) == pytest.approx(float(unbroken), rel=1e-5)
 
 
 def test_a_training_that_stopped_early_stays_so(tokenizer, tmp_path):
@@ -134,8 +164,10 @@ def test_a_training_that_stopped_early_stays_so(tokenizer, tmp_path):
 
 def test_epochs_may_be_added(tokenizer, state):
     first = fit(build(tokenizer), epochs=1, resume=state.parent).history["loss"]
-    history = fit(build(tokenizer), epochs=2, resume=state.parent)
+    counted = Counted()
+    history = fit(build(tokenizer), counted, epochs=2, resume=state.parent)
     assert (history.epoch, history.history["loss"][:1], len(history.history["loss"])) == ([0, 1], first, 2)
+    assert len(counted.steps) == 7
 
 
 @pytest.mark.parametrize(
@@ -208,5 +240,7 @@ def test_a_data_set_of_batches_goes_on_in_its_order(tokenizer, tmp_path):
 
     expected = build(tokenizer).fit(Source(), epochs=3, verbose=0, resume=tmp_path / "unbroken").history
     build(tokenizer).fit(Source(), epochs=1, verbose=0, resume=tmp_path / "broken")
-    history = build(tokenizer).fit(Source(), epochs=3, verbose=0, resume=tmp_path / "broken").history
+    counted, options = Counted(), {"epochs": 3, "verbose": 0, "resume": tmp_path / "broken"}
+    history = build(tokenizer).fit(Source(), callbacks=[counted], **options).history
     np.testing.assert_allclose(history["loss"], expected["loss"], rtol=1e-5)
+    assert len(counted.steps) == 10
