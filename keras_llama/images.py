@@ -105,21 +105,26 @@ def distinct_images(
 
 def _read_image(source: Any, size: tuple[int, int], place: str) -> np.ndarray:
     """One image as uint8 (h, w, 3); an array that is one already as it is."""
-    image: Image.Image
     if isinstance(source, (str, os.PathLike, bytes)):
         place = place if isinstance(source, bytes) else os.fspath(source)
         with _told(place):
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-    else:
-        image = source if isinstance(source, Image.Image) else _of_array(source, place)
+            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with opened:  # Pillow closes no file by itself that may hold more images
+            return _pixels(opened, size, place)
+    if isinstance(source, Image.Image):
+        return _pixels(source, size, place)
+    image = _of_array(source, place)
+    whole = isinstance(source, np.ndarray) and source.shape == (*size, 3)
+    return source if whole else _pixels(image, size, place)
+
+
+def _pixels(image: Image.Image, size: tuple[int, int], place: str) -> np.ndarray:
     if image.width * image.height > MAX_PIXELS:
         raise invalid(
             f"{place}: expected an image of at most {MAX_PIXELS:,} pixels.",
             "Make it smaller: it is resized anyway.",
             pixels=image.width * image.height,
         )
-    if isinstance(source, np.ndarray) and source.shape == (*size, 3):
-        return source
     with _told(place):
         return _resized(_rgb(_upright(image)), size)
 

@@ -1,6 +1,7 @@
 """The captioner: images of any kind, what is trained, decoding, files, encoders, the SavedModel, what it refuses."""
 
 import io
+import warnings
 
 import keras
 import numpy as np
@@ -413,6 +414,17 @@ def test_any_kind_of_image_is_read_alike_here_and_in_the_graph(kind):
         assert np.abs(found - upright).max() < 12  # as JPEG keeps it
     elif "16 bits" not in kind:
         assert np.array_equal(read_images([image], (16, 16)), found)
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("ending", ["webp", "gif", "bmp", "tif", "png", "jpg"])
+def test_a_file_of_any_kind_is_read_and_closed(tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    Image.new("RGB", (9, 5), (250, 10, 10)).save(path)
+    with warnings.catch_warnings(record=True) as left_open:
+        warnings.simplefilter("always")
+        assert np.abs(read_images([path], (4, 4)).astype(int) - (250, 10, 10)).max() < 8
+    assert not left_open
 
 
 @pytest.mark.plain
