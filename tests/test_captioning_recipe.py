@@ -102,7 +102,7 @@ def captioner():
 
 def flags(preset, **changes):
     given = {"encoder": None, "image_size": None, "freeze_encoder": False, "label_smoothing": 0.0}
-    given |= {"precision": "float32", "sequence_length": 16, "preset": str(preset)}
+    given |= {"precision": "float32", "sequence_length": 16, "preset": str(preset), "preset_layers": None}
     return argparse.Namespace(**given | changes)
 
 
