@@ -225,17 +225,17 @@ BAD_FILES = {
     "no list of objects": ("t.json", b'{"text": "a"}', "t.json: expected a list of JSON objects"),
     "an empty list": ("t.json", b"[]", "t.json: expected at least one text"),
     "a list of lists": ("t.json", b"[[1]]", "t.json:1: expected an object with text"),
-    "NUL bytes": ("t.txt", b"good\n\nfilm\x00\n", "t.txt:3: expected text. Received: the control character '\\x00'"),
-    "NUL in JSON": ("t.jsonl", b'{"text": "a\\u0000"}\n', "t.jsonl:1: expected text. Received: the control character"),
+    "NUL bytes": ("t.txt", b"good\n\nfilm\x00\n", "t.txt:3: expected text. Received: the character '\\x00'"),
+    "NUL in JSON": ("t.jsonl", b'{"text": "a\\u0000"}\n', "t.jsonl:1: expected text. Received: the character"),
     "NUL in a response": (
         "t.jsonl",
         b'{"text": "a"}\n{"prompt": "a", "response": "\\u0000b"}\n',
-        "t.jsonl:2: expected text. Received: the control character",
+        "t.jsonl:2: expected text. Received: the character",
     ),
     "NUL in a message": (
         "t.jsonl",
         b'{"messages": [{"role": "assistant", "content": "\\u0000b"}]}\n',
-        "t.jsonl:1: expected text. Received: the control character",
+        "t.jsonl:1: expected text. Received: the character",
     ),
     "too few texts": ("t.txt", b"one\n\ntwo\n", "Expected texts to train, validate and test on"),
 }
