@@ -1,6 +1,6 @@
 """What the captioning recipe trains: a captioner of an image encoder and a decoder, and what it delivers."""
 
-from tasks import common
+from tasks import common, delivery
 
 ENCODERS = ("cnn", "vit")
 AUGMENTATIONS = ("flip", "crop", "rotation")
@@ -82,19 +82,19 @@ def augmentation(args, size):
 def deliver(model, output, files):
     """Saves, reloads, exports and serves the model, and raises if any of them captions these files otherwise."""
     expected = model.generate(files, temperature=0)
-    again = common.reloaded(model, output)
+    again = delivery.reloaded(model, output)
     found, asked = again.generate(files, temperature=0), {"images": files}
-    common.check_texts(model, expected, found, lambda inputs: again.predict(inputs, verbose=0), asked)
+    delivery.check_texts(model, expected, found, lambda inputs: again.predict(inputs, verbose=0), asked)
     print(f"{output / 'model.keras'}: reloaded, the same weights and captions")
     if model.adapters and model.image_encoder.trainable_weights:
         print("No adapter alone: the image encoder that was trained beside it is in model.keras only.")
     else:
-        common.deliver_adapter(model, output)
+        delivery.adapter(model, output)
     served = output / "saved_model"
-    answer = common.exported(model, served, files, "--files")
+    answer = delivery.exported(model, served, files, "--files")
     if answer is None:
         return
-    common.check_texts(
-        model, expected, answer["texts"], lambda inputs: common.served_logits(served, inputs, "--files"), asked
+    delivery.check_texts(
+        model, expected, answer["texts"], lambda inputs: delivery.served_logits(served, inputs, "--files"), asked
     )
     print(f"{served}: served by a fresh process, the same captions")

@@ -10,7 +10,7 @@ import importlib.util
 import pathlib
 import time
 
-from tasks import baselines, classifiers, common, data, folds, label_noise, memory, plots
+from tasks import baselines, classifiers, common, data, delivery, folds, label_noise, memory, plots
 
 REVIEW_SENTENCES = ["这本书写得很好，推荐大家购买。", "房间又小又脏，再也不会来了。", "物流很快，质量也不错。"]
 
@@ -88,7 +88,7 @@ def run(args, models, more, parts, train_rows, validation, test_rows, labels):
     output = pathlib.Path(args.output_dir)
     plots.training(output / "training.png", histories[0])
     plots.confusion(output / "confusion.png", labels, confusion_matrix(truth, predicted, labels=labels))
-    common.deliver_classifier(model, output, sentences)
+    delivery.classifier(model, output, sentences)
     accuracy, options = float(accuracy_score(truth, predicted)), {"labels": labels, "zero_division": 0}
     print(classification_report(truth, predicted, digits=4, **options))
     report = {

@@ -1,4 +1,4 @@
-"""What the recipes share: flags, splits, the optimiser, the report, and serving an export."""
+"""What the recipes share: flags, splits, the optimiser, and the report."""
 
 import argparse
 import contextlib
@@ -6,9 +6,7 @@ import json
 import math
 import os
 import pathlib
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -253,119 +251,3 @@ def choose_trainable(model: Any, args: argparse.Namespace) -> None:
         model.enable_lora(args.lora_rank, targets=args.lora_targets)
     elif model.active_adapter is None:
         raise DataError(f"--preset {args.preset}: has {[*model.adapters]}, none in use. Save it after `set_adapter`.")
-
-
-def deliver_adapter(model: Any, output: pathlib.Path) -> None:
-    """The adapter of a model that has one, as PEFT reads it."""
-    import keras_llama
-
-    if model.adapters:
-        keras_llama.save_checkpoint(model, output / "adapter", format="peft", overwrite=True)
-        print(f"{output / 'adapter'}: the adapter alone, for `load_adapter` and PEFT")
-
-
-def deliver_preset(lm: Any, output: pathlib.Path) -> None:
-    """Saves the folder that other tools read, too; they know no quantised base with an adapter beside it."""
-    deliver_adapter(lm, output)
-    if lm.quantized:
-        lm.save(output / "model.keras")
-        return
-    if lm.adapters:
-        lm.merge_lora()
-    lm.save_to_preset(output / "preset", overwrite=True)
-    print(f"{output / 'preset'}: saved for `from_preset`, Transformers and `keras-llama convert`")
-
-
-def reloaded(model: Any, output: pathlib.Path) -> Any:
-    """The model as `output`/model.keras brings it back; raises unless every weight does."""
-    import keras
-
-    model.save(output / "model.keras")
-    again = keras.saving.load_model(output / "model.keras")
-    pairs = zip(model.weights, again.weights, strict=True)
-    if not all(np.array_equal(*map(keras.ops.convert_to_numpy, pair)) for pair in pairs):
-        raise RuntimeError("The reloaded model has other weights.")
-    return again
-
-
-def check_texts(
-    model: Any,
-    expected: list[str],
-    found: list[str],
-    logits_of: Callable[[dict[str, Any]], Any],
-    inputs: dict[str, Any] | None = None,
-) -> None:
-    """Raises if another form of `model`, which gave the texts `found`, is another model.
-
-    How many U+FFFD a text has is open (docs/serving.md), and of two tokens that are as likely as each other rounding
-    takes one, and the text goes on differently. So where texts differ the logits decide.
-
-    Args:
-        expected: texts of the model.
-        logits_of: inputs of the model, token ids and masks -> logits of the other.
-        inputs: what the model reads beside them, a value for each of the texts.
-    """
-    pairs = zip(expected, found, strict=True)
-    differ = sum(own.replace("\ufffd", "") != other.replace("\ufffd", "") for own, other in pairs)
-    if not differ:
-        return
-    ids = np.tile(np.arange(8, dtype="int32"), (len(expected), 1))  # any do
-    arrays = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
-    whole = {**(inputs or {}), **{f"{side}{name}": array for side in model.sides for name, array in arrays.items()}}
-    own = model.predict(whole, verbose=0)
-    apart = np.abs(own - logits_of(whole)).max()
-    if apart > 0.05 * np.ptp(own):  # far more than bfloat16 rounds, far less than another model differs
-        raise RuntimeError(f"It answers otherwise. Expected: {expected}. Received: {found}.")
-    print(f"{differ} of {len(expected)} texts differ, as near ties do: the logits are within {apart:.0e}")
-
-
-def deliver_classifier(model: Any, output: pathlib.Path, sentences: list[str]) -> None:
-    """Saves, reloads, exports and serves the model, and raises if any of them answers otherwise."""
-    logits = model.predict(sentences, verbose=0)
-    again = reloaded(model, output)
-    # TensorFlow may round otherwise in another trace of one graph, of the same model, too.
-    if _difference(model, logits, again.probabilities(again.predict(sentences, verbose=0))) > 1e-4:
-        raise RuntimeError("The reloaded model answers otherwise.")
-    print(f"{output / 'model.keras'}: reloaded, the same weights and predictions")
-    deliver_adapter(model, output)
-    answer = exported(model, output / "saved_model", sentences)
-    if answer is None:
-        return
-    difference = _difference(model, logits, answer["probabilities"])
-    if answer["labels"] != [row["label"] for row in model.classify(sentences)] or difference > 1e-4:
-        raise RuntimeError(f"The exported model answers otherwise: {answer}.")
-    print(f"{output / 'saved_model'}: served by a fresh process, probabilities within {difference:.0e}")
-
-
-def _difference(model: Any, logits: np.ndarray, probabilities: Any) -> float:
-    expected, found = (np.asarray(values) for values in (model.probabilities(logits), probabilities))
-    return float(np.abs(found - expected).max())
-
-
-Asked = list[str] | dict[str, list]  # texts, by name where a model takes more than one
-
-
-def exported(model: Any, directory: pathlib.Path, texts: Asked, *options: str) -> dict[str, Any] | None:
-    """What a fresh process gets from the exported model; `None`, told why, for a vocabulary no graph holds."""
-    try:
-        model.export(directory, overwrite=True)
-    except ValueError as error:
-        print(f"No SavedModel: {error}")
-        return None
-    return serve(directory, texts, *options)
-
-
-def serve(directory: str | os.PathLike, texts: Asked, *options: str) -> dict[str, Any]:
-    """What a fresh process, with TensorFlow only, gets from an exported model; options are those of serve.py."""
-    script = pathlib.Path(__file__).with_name("serve.py")
-    command = [sys.executable, str(script), str(directory), *options]
-    served = subprocess.run(command, input=json.dumps(texts), capture_output=True, text=True, check=False)
-    if served.returncode:
-        raise RuntimeError(f"The exported model could not be served: {served.stderr[-2000:]}")
-    return json.loads(served.stdout)
-
-
-def served_logits(directory: str | os.PathLike, inputs: dict[str, Any], *options: str) -> np.ndarray:
-    """Logits (B, T, V) of an exported model, asked for as `serve` does."""
-    given = {name: np.asarray(values).tolist() for name, values in inputs.items()}
-    return np.array(serve(directory, given, "--signature", "logits", *options)["logits"])

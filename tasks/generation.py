@@ -16,7 +16,7 @@ import itertools
 import pathlib
 import time
 
-from tasks import common, data, memory, plots, records
+from tasks import common, data, delivery, memory, plots, records
 
 PRESET = "smollm2_135m_instruct"
 
@@ -82,7 +82,7 @@ def train(lm, args, rows, validation, test):
     output = pathlib.Path(args.output_dir)
     plots.training(output / "training.png", history)
     perplexity = lm.evaluate(test, batch_size=args.batch_size, return_dict=True)["perplexity"]
-    common.deliver_preset(lm, output)
+    delivery.preset(lm, output)
     return {
         "rows": {"train": len(rows), "validation": len(validation), "test": len(test)},
         "train_seconds": round(seconds, 1),

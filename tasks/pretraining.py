@@ -15,7 +15,7 @@ import math
 import pathlib
 import time
 
-from tasks import common, corpus, memory, plots, records
+from tasks import common, corpus, delivery, memory, plots, records
 
 
 def prepare(args):
@@ -87,7 +87,7 @@ def run(args, lm, sides, folder):
     measured = held.measured(lm) if held else {}
     output = pathlib.Path(args.output_dir)
     plots.training(output / "training.png", history)
-    common.deliver_preset(lm, output)
+    delivery.preset(lm, output)
     report = {
         "task": "pretraining",
         "backend": keras.config.backend(),

@@ -3,7 +3,7 @@
 import math
 import time
 
-from tasks import answers, baselines, cloze, common, prompts
+from tasks import answers, baselines, cloze, common, delivery, prompts
 
 MODES = ("extractive", "generative")
 SEQUENCE_LENGTH, STRIDE, MAX_ANSWER_LENGTH = 384, 96, 48  # unless flags, or settings saved with --preset, say otherwise
@@ -161,15 +161,15 @@ def deliver(model, args, output, asked):
     import keras
 
     if args.mode != MODES[0]:
-        common.deliver_preset(model, output)
+        delivery.preset(model, output)
         return
     contexts, questions = map(list, zip(*asked, strict=True))
     expected = model.answer(questions, contexts)
     model.save(output / "model.keras")
     check("reloaded", contexts, expected, keras.saving.load_model(output / "model.keras").answer(questions, contexts))
     print(f"{output / 'model.keras'}: reloaded, the same answers")
-    common.deliver_adapter(model, output)
-    served = common.exported(model, output / "saved_model", {"questions": questions, "contexts": contexts})
+    delivery.adapter(model, output)
+    served = delivery.exported(model, output / "saved_model", {"questions": questions, "contexts": contexts})
     if served is None:
         return
     pairs = zip(served["texts"], served["scores"], strict=True)

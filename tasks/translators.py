@@ -1,6 +1,6 @@
 """Translators of both architectures behind one set of functions: build, what `fit` takes, translate, deliver."""
 
-from tasks import common
+from tasks import common, delivery
 
 ARCHITECTURES = ("encoder-decoder", "decoder")
 
@@ -84,17 +84,17 @@ def translate(model, sources, **options):
 
 def deliver(model, output, sources):
     """Saves, reloads, exports and serves the model, and raises if any of them answers otherwise."""
-    expected, again = translate(model, sources), common.reloaded(model, output)
-    common.check_texts(model, expected, translate(again, sources), lambda ids: again.predict(ids, verbose=0))
+    expected, again = translate(model, sources), delivery.reloaded(model, output)
+    delivery.check_texts(model, expected, translate(again, sources), lambda ids: again.predict(ids, verbose=0))
     print(f"{output / 'model.keras'}: reloaded, the same weights and translations")
-    common.deliver_adapter(model, output)
+    delivery.adapter(model, output)
     alone = "encoder_token_ids" not in model.input
     asked = prompts(model, sources) if alone else list(sources)
     if alone:  # with the prompt, and as long as the context lets each alone
         expected = [model.generate(prompt) for prompt in asked]
     served = output / "saved_model"
-    answer = common.exported(model, served, asked)
+    answer = delivery.exported(model, served, asked)
     if answer is None:
         return
-    common.check_texts(model, expected, answer["texts"], lambda ids: common.served_logits(served, ids))
+    delivery.check_texts(model, expected, answer["texts"], lambda ids: delivery.served_logits(served, ids))
     print(f"{served}: served by a fresh process, the same translations")

@@ -91,9 +91,9 @@ def make_backbone():
 @pytest.fixture
 def not_exported(monkeypatch):
     """For the tests of a recipe of which another exports, which takes most of its time."""
-    from tasks import common
+    from tasks import delivery
 
-    monkeypatch.setattr(common, "exported", lambda *_: None)
+    monkeypatch.setattr(delivery, "exported", lambda *_: None)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ from PIL import Image
 
 import keras_llama
 from keras_llama.checkpoints import presets
-from tasks import baselines, captioners, captioning, common, pictures
+from tasks import baselines, captioners, captioning, common, delivery, pictures
 
 FAST = ["--batch-size", "16", "--image-size", "32", "--vocabulary-size", "300", "--num-beams", "2"]
 
@@ -47,7 +47,7 @@ def test_trains_scores_shows_and_exports(tmp_path, capsys):
     assert "most frequent: BLEU-4" in capsys.readouterr().out
     model = keras.saving.load_model(output / "model.keras")
     file = str(output / "samples" / "0.png")
-    assert common.serve(output / "saved_model", [file], "--files")["texts"] == [model.generate(file)]
+    assert delivery.serve(output / "saved_model", [file], "--files")["texts"] == [model.generate(file)]
 
 
 @pytest.mark.slow
@@ -88,7 +88,7 @@ def test_files_of_any_kind_then_training_goes_on(captions, tmp_path, monkeypatch
     output = tmp_path / "out"
     run("--data", captions, "--epochs", 1, "--output-dir", output, *FAST)
     assert "served by a fresh process" in capsys.readouterr().out
-    monkeypatch.setattr(common, "exported", lambda *_: None)
+    monkeypatch.setattr(delivery, "exported", lambda *_: None)
     run("--data", captions, "--preset", output / "model.keras", "--epochs", 1, "--output-dir", tmp_path / "more")
     assert keras.saving.load_model(tmp_path / "more" / "model.keras").image_size == (32, 32)
 
@@ -148,7 +148,7 @@ def test_an_export_may_break_a_tie_but_not_have_other_logits(capsys):
     model = types.SimpleNamespace(sides=("",), predict=lambda inputs, verbose: logits)
 
     def check(expected, found, other):
-        common.check_texts(model, [expected], [found], lambda inputs: other, {"images": ["a.png"]})
+        delivery.check_texts(model, [expected], [found], lambda inputs: other, {"images": ["a.png"]})
 
     check("一\ufffd\ufffd", "一\ufffd", None)  # logits are not asked for
     assert not capsys.readouterr().out

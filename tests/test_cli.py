@@ -7,7 +7,7 @@ import transformers
 
 import keras_llama
 from keras_llama import cli
-from tasks import common
+from tasks import delivery
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_convert_and_info(chat_lm, preset, tmp_path, capsys):
 def test_export_writes_what_can_be_served(chat_lm, preset, tmp_path, capsys):
     cli.main(["export", preset, str(tmp_path / "served"), "--versioned"])
     assert "parameters" in capsys.readouterr().out
-    assert common.serve(tmp_path / "served" / "1", ["a film"])["texts"] == [chat_lm.generate("a film")]
+    assert delivery.serve(tmp_path / "served" / "1", ["a film"])["texts"] == [chat_lm.generate("a film")]
 
 
 def test_verify_prints_a_line_for_each_block(chat_tokenizer, tmp_path, capsys):

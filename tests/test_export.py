@@ -14,7 +14,7 @@ import pytest
 import vocabularies
 
 import keras_llama
-from tasks import common
+from tasks import delivery
 
 ON_TENSORFLOW = keras.config.backend() == "tensorflow"
 needs_tensorflow = pytest.mark.skipif(not ON_TENSORFLOW, reason="looks into the graph")
@@ -103,7 +103,7 @@ def test_a_fresh_process_classifies(vocabulary, tmp_path, add_eos):
     moved = tmp_path / "elsewhere"
     shutil.move(tmp_path / "first" / "model", moved)
     shutil.rmtree(tmp_path / "first")
-    answer = common.serve(moved, TEXTS)
+    answer = delivery.serve(moved, TEXTS)
     found = np.array(answer["probabilities"])
     expected = keras.ops.convert_to_numpy(model.probabilities(model.predict(TEXTS[:-1], verbose=0)))
     np.testing.assert_allclose(found[:-1], expected, atol=1e-6 if ON_TENSORFLOW else 1e-4)
@@ -117,14 +117,14 @@ def test_a_fresh_process_generates(vocabulary, written):
     model, directory = written("language model", vocabulary)
     prompts = TEXTS[:3]
     for asked in (prompts, prompts[:1]):
-        assert readable(common.serve(directory, asked)["texts"]) == readable(model.generate(asked))
+        assert readable(delivery.serve(directory, asked)["texts"]) == readable(model.generate(asked))
 
 
 @pytest.mark.slow
 def test_a_fresh_process_translates(vocabulary, written):
     model, directory = written("translator", vocabulary)
     sources = [*TEXTS[:3], "unseen слова", "good " * 80]
-    found, expected = common.serve(directory, sources)["texts"], model.generate(sources, truncate=True)
+    found, expected = delivery.serve(directory, sources)["texts"], model.generate(sources, truncate=True)
     assert readable(found) == readable(expected)
 
 
@@ -319,7 +319,7 @@ def test_a_vocabulary_that_needs_tensorflow_text_says_so(tmp_path):
     model = classifier(vocabularies.trained(TEXTS[:3] * 9, model_type="unigram", vocab_size=40))
     with pytest.warns(UserWarning, match="must import tensorflow_text"):
         model.export(tmp_path / "model")
-    answer = common.serve(tmp_path / "model", TEXTS[:3])
+    answer = delivery.serve(tmp_path / "model", TEXTS[:3])
     expected = model.probabilities(model.predict(TEXTS[:3], verbose=0))
     np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-6)
 
@@ -457,7 +457,7 @@ def test_ids_go_in_beside_strings(tokenizer, written):
 def test_the_layout_of_tensorflow_serving(tokenizer, tmp_path):
     classifier(tokenizer).export(tmp_path / "model", versioned=True)
     assert [path.name for path in (tmp_path / "model").iterdir()] == ["1"]
-    assert common.serve(tmp_path / "model" / "1", ["a"])["labels"][0] in ("bad", "good")
+    assert delivery.serve(tmp_path / "model" / "1", ["a"])["labels"][0] in ("bad", "good")
 
 
 @pytest.mark.plain
@@ -523,4 +523,4 @@ def test_a_process_that_fails_is_told(tokenizer, tmp_path, monkeypatch):
 
 def test_serving_a_broken_model_is_told(tmp_path):
     with pytest.raises(RuntimeError, match="could not be served"):
-        common.serve(tmp_path, ["a"])
+        delivery.serve(tmp_path, ["a"])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_llama
-from tasks import common, data, generation, records
+from tasks import data, delivery, generation, records
 
 STORIES = ["a good film it is", "the ball is round\nand red", "we saw the good film", "很好的电影", "a red ball"] * 12
 FAST = ["--size", "tiny", "--vocabulary-size", "310", "--sequence-length", "24", "--batch-size", "8", "--epochs", "1"]
@@ -102,14 +102,14 @@ def test_preview_shows_what_is_learned_and_trains_nothing(dialogues, chat_lm, tm
 def test_the_schedule_ends_with_the_training(dialogues, chat_lm, tmp_path, packing, monkeypatch):
     """Packed rows are fewer, and so are the steps."""
     steps = []
-    deliver = common.deliver_preset
+    deliver = delivery.preset
 
     def watched(lm, output):
         steps.append(int(keras.ops.convert_to_numpy(lm.optimizer.iterations)))
         assert lm.optimizer.get_config()["learning_rate"]["config"]["decay_steps"] == steps[0]
         deliver(lm, output)
 
-    monkeypatch.setattr(common, "deliver_preset", watched)
+    monkeypatch.setattr(delivery, "preset", watched)
     chat_lm.save_to_preset(tmp_path / "preset")
     flags = ["--data", dialogues, "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out"]
     flags += ["--sequence-length", "96", "--batch-size", "4", "--epochs", "2", "--learning-rate", "0.001"]

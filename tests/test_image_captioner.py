@@ -11,7 +11,7 @@ from PIL import Image, ImageFile, PngImagePlugin
 
 import keras_llama
 from keras_llama.images import augment, distinct_images, read_images
-from tasks import common
+from tasks import delivery
 
 CAPTIONS = ["a red film", "a good blue", "what is green", "很好的电影"]
 COLOURS = [(220, 30, 30), (30, 30, 220), (30, 200, 30), (240, 240, 240)]
@@ -528,10 +528,10 @@ def test_a_fresh_process_captions_files(random, tmp_path):
         (tmp_path / name).write_bytes(data)
     paths = [str(tmp_path / name) for name in files]
     random.export(tmp_path / "served")
-    answer = common.serve(tmp_path / "served", paths, "--files")
+    answer = delivery.serve(tmp_path / "served", paths, "--files")
     ids = np.array([[1, 5, 6]] * 3, "int32")
     inputs = {"images": paths, "token_ids": ids, "padding_mask": np.ones_like(ids)}
-    logits = common.served_logits(tmp_path / "served", inputs, "--files")
+    logits = delivery.served_logits(tmp_path / "served", inputs, "--files")
     # A pixel may be one of 255 apart.
     assert np.abs(logits - random.predict(inputs, verbose=0)).max() < 0.02 * np.ptp(logits)
     expected = random.generate(paths)

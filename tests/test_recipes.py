@@ -12,7 +12,7 @@ import safetensors.numpy
 from tensorboard.backend.event_processing import event_accumulator
 
 import keras_llama
-from tasks import baselines, classification, classifiers, common, data, plots
+from tasks import baselines, classification, classifiers, common, data, delivery, plots
 
 WORDS = {"sport": ["ball", "team", "goal", "match"], "tech": ["chip", "code", "robot", "data"]}
 
@@ -56,7 +56,7 @@ def test_trains_reports_saves_and_exports(tsv, tmp_path, capsys):
     assert [found for found in (output / "profile").rglob("*") if found.is_file()]
     model = keras.saving.load_model(output / "model.keras")
     assert model.classify("goal match team")["label"] == "sport"
-    assert common.serve(output / "saved_model", ["goal match team"])["labels"] == ["sport"]
+    assert delivery.serve(output / "saved_model", ["goal match team"])["labels"] == ["sport"]
 
 
 @pytest.mark.long

@@ -8,7 +8,7 @@ import keras
 import pytest
 
 import keras_llama
-from tasks import baselines, common, data, translation
+from tasks import baselines, data, delivery, translation
 
 WORDS = {"red": "红", "blue": "蓝", "small": "小", "big": "大"}
 THINGS = {"ball": "球", "car": "车", "house": "房子", "dog": "狗", "book": "书", "cup": "杯子"}
@@ -61,7 +61,7 @@ def test_trains_scores_translates_and_exports(pairs, tmp_path, capsys, monkeypat
     assert "nearest training sentence's translation" in printed
     assert "make no translator" not in printed  # said of the default data only
     model = keras.saving.load_model(output / "model.keras")
-    assert common.serve(output / "saved_model", ["a red big dog"])["texts"] == [model.generate("a red big dog")]
+    assert delivery.serve(output / "saved_model", ["a red big dog"])["texts"] == [model.generate("a red big dog")]
     monkeypatch.setattr("sys.stdin", io.StringIO("a red big dog\n\n"))
     run("--preset", output / "model.keras", "--interactive", "--output-dir", tmp_path / "other", *FAST)
     assert capsys.readouterr().out.splitlines()[-1] == model.generate("a red big dog", num_beams=2, length_penalty=1.5)
