@@ -14,6 +14,7 @@ import keras_hub
 import numpy as np
 import tensorflow as tf
 
+import keras_llama
 from tasks import classification, classifiers, common
 
 FLAGS = {
@@ -163,7 +164,22 @@ def masked_first(epochs):
     return change
 
 
+def pooled(pooling, causal):
+    """Blocks that read backwards, too, or do not, and what stands for the whole text: the mean, or its last token."""
+
+    def change(model, recipe, _):
+        old = model.backbone
+        backbone = keras_llama.LlamaBackbone.from_config({**old.get_config(), "causal": causal, "name": "other"})
+        backbone.set_weights(old.get_weights())  # n-grams that are known, too
+        options = {"labels": model.labels, "preprocessor": model.preprocessor, "dropout": recipe.head_dropout}
+        return keras_llama.LlamaTextClassifier(backbone, pooling=pooling, **options)
+
+    return change
+
+
 BUILT = {
+    "causal blocks": pooled("mean", causal=True),
+    "causal blocks, the last token in place of the mean": pooled("last", causal=True),
     "a masked language model first, 2 epochs": masked_first(2),
     "L1 1e-6": regularised(keras.regularizers.L1(1e-6)),
     "L2 1e-4": regularised(keras.regularizers.L2(1e-4)),
@@ -179,7 +195,7 @@ def validated(recipe, compiled, built) -> float:
     keras.utils.set_random_seed(recipe.seed)
     texts = [row[0] for row in train]
     model = classifiers.build(recipe, texts, labels)
-    built(model, recipe, texts)
+    model = built(model, recipe, texts) or model
     with mock.patch.object(common, "compile_options", lambda *given: compiled(options(*given))):
         classifiers.fit(recipe, [model], [], train, validation)
     found = [row["label"] for row in model.classify([row[0] for row in validation])]
