@@ -39,7 +39,7 @@ def child(layout: str, dtype: str) -> Callable:
 
     def arrange(groups):
         joined = [ops.concatenate(group, axis=-1) if len(group) > 1 else group[0] for group in groups]
-        return [backend.packed(kernel) for kernel in joined] if layout == "packed" else joined
+        return [backend.packed(kernel, dtype) for kernel in joined] if layout == "packed" else joined
 
     def multiply(inputs, kernels):
         return [backend.multiply(x, kernel) for x, kernel in zip(inputs, kernels, strict=True)]

@@ -149,7 +149,7 @@ class Adaptable(Quantizable):
             raise invalid("A quantised kernel takes no adapter in.", "Load the base anew.", quantized=self.quantized)
         for layer in layers:
             if layer.adapter is not None:
-                layer.kernel.assign(layer.merged_kernel())
+                layer.kernel.assign(layer.merged_kernel(layer.kernel.dtype))
             layer.remove_adapters()
         self.adapters.clear()
         self.backbone.active_adapter = None

@@ -123,8 +123,8 @@ class Backbone(keras.Model):
         self.dtype_policy = policy
         self.config = config
         self._stack = stack
-        self.remat = remat
         self.adapters, self.active_adapter, self.quantized = {}, None, None  # what `Adaptable` tasks have made of it
+        self.remat = remat
 
     @property
     def token_embedding(self):
@@ -155,6 +155,9 @@ class Backbone(keras.Model):
     def remat(self, remat):
         if remat not in (None, "block"):
             raise invalid('`remat` must be "block" or None.', remat=remat)
+        rates = {name: settings["dropout"] for name, settings in self.adapters.items() if settings["dropout"]}
+        if remat and rates:
+            raise invalid("`remat` must be None beside adapters with dropout: it draws nothing twice.", dropout=rates)
         self._remat = remat
         for layer in self.layers:
             if isinstance(layer, LlamaBlock):

@@ -102,7 +102,7 @@ def _encode_messages(messages: list[dict[str, str]], preprocessor: Any) -> tuple
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = tokenizer.encode_chat(messages[:i], add_generation_prompt=True) if i else []
+        before = tokenizer.encode_chat(messages[:i], add_generation_prompt=True) if i else _opening(message, tokenizer)
         through = tokenizer.encode_chat(messages[: i + 1], add_generation_prompt=False)
         start = _common(before, through)
         if ids[: len(through)] != through or start < len(before) - 1:
@@ -116,6 +116,13 @@ def _encode_messages(messages: list[dict[str, str]], preprocessor: Any) -> tuple
             said = said[: len(said) - said[::-1].index(tokenizer.turn_end_id)]
         trained[start : start + len(said)] = [1] * len(said)
     return ids, trained
+
+
+def _opening(message: dict[str, str], tokenizer: Any) -> list[int]:
+    """What the template writes before the words of a first message; it need not take a conversation without any."""
+    place = "\ue000"  # a character of no text
+    text = tokenizer.apply_chat_template([{**message, "content": place}], False)
+    return tokenizer.encode([text.partition(place)[0]], parse_special=True)[0]
 
 
 def _common(first: list[int], second: list[int]) -> int:

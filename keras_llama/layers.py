@@ -296,7 +296,7 @@ class LlamaMLP(keras.layers.Layer):
         x = ops.cast(x, self.compute_dtype)
         gate, up = project(x, self.gate, self.up)
         again = training and not self.down.draws
-        return (backend.remat_cheap(gated, self.down.trainable_variables) if again else gated)(gate, up)
+        return (backend.remat_cheap(gated, self.down.variables) if again else gated)(gate, up)
 
     @property
     def projections(self):
@@ -379,7 +379,7 @@ class LlamaBlock(keras.layers.Layer):
         x = ops.cast(x, self.compute_dtype)
 
         def normed(norm, x):
-            return (backend.remat_cheap(norm, norm.trainable_variables) if training else norm)(x)
+            return (backend.remat_cheap(norm, norm.variables) if training else norm)(x)
 
         def attended(x, cos, sin, mask):
             x = normed(self.attention_norm, x)
@@ -414,7 +414,7 @@ class LlamaBlock(keras.layers.Layer):
 
     def _run(self, again, part, *layers):
         """A part of the block that reads these layers, as it is or computed again for its gradient."""
-        return backend.remat(part, [v for layer in layers for v in layer.trainable_variables]) if again else part
+        return backend.remat(part, [v for layer in layers for v in layer.variables]) if again else part
 
     def get_config(self):
         return {

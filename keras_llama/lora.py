@@ -116,10 +116,12 @@ class Projection(keras.layers.Dense):
     def _with_adapter(self, outputs, inputs, training):
         return outputs if self.adapter is None else outputs + self.adapter(inputs, training=training)
 
-    def merged_kernel(self):
-        """The kernel with the adapter in use added to it, (D, units)."""
+    def merged_kernel(self, dtype):
+        """The kernel with the adapter in use added to it in float32, rounded once to `dtype`, (D, units)."""
         kernel = self.kernel
-        return kernel if self.adapter is None else kernel + ops.cast(self.adapter.delta(), kernel.dtype)
+        if self.adapter is not None:
+            kernel = ops.cast(kernel, "float32") + self.adapter.delta()
+        return ops.cast(kernel, dtype)
 
     def get_config(self):
         adapter = None if self.adapter is None else self.adapter.get_config()

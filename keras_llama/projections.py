@@ -88,17 +88,16 @@ def _wants_copy(group, pays):
 
 
 def _copy(group, pack):
+    dtype = group[0].compute_dtype
     if _is_head(group[0]):
-        kernels, biases = [ops.transpose(group[0].embeddings)], []
+        kernels, biases = [ops.cast(ops.transpose(group[0].embeddings), dtype)], []
     else:
-        kernels, biases = [layer.merged_kernel() for layer in group], [layer.bias for layer in group if layer.use_bias]
-    kernel, *bias = (_joined(part, group[0].compute_dtype) for part in (kernels, biases) if part)
-    return backend.packed(kernel) if pack else kernel, *bias
-
-
-def _joined(parts, dtype):
-    parts = [ops.cast(x, dtype) for x in parts]
-    return ops.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+        # What `packed` widens it is not to get rounded, which would lose a part of what an adapter adds.
+        joined = "float32" if any(layer.adapter is not None for layer in group) else dtype
+        kernels = [layer.merged_kernel(joined) for layer in group]
+        biases = [ops.cast(layer.bias, dtype) for layer in group if layer.use_bias]
+    kernel, *bias = (ops.concatenate(part, axis=-1) if len(part) > 1 else part[0] for part in (kernels, biases) if part)
+    return backend.packed(kernel, dtype) if pack else ops.cast(kernel, dtype), *bias
 
 
 def _is_head(layer):

@@ -1,5 +1,6 @@
 """A task whose kernels have few bits: rounded as they are, or by what texts show to matter."""
 
+import contextlib
 import copy
 import functools
 import warnings
@@ -51,7 +52,8 @@ class Quantizable(keras.Model):
 
         Raises:
             ValueError: for another mode or quantizers of the user's, if the model is quantised already, or has
-                adapters, or if GPTQ or AWQ are asked of an encoder-decoder, of a captioner, or without a dataset.
+                adapters, or if GPTQ or AWQ are asked of an encoder-decoder, of a captioner, or without a dataset of
+                token ids that the model has. A calibration that fails leaves the model as it was.
 
         >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
         >>> lm = keras_llama.LlamaCausalLM(backbone)
@@ -75,7 +77,9 @@ class Quantizable(keras.Model):
         elif mode in _CALIBRATED:
             config = self._calibration(config)
             quantized = f"{mode}/{config.weight_bits}/{config.group_size}"
-        with warnings.catch_warnings():  # Keras asks each layer, and most have nothing to quantise
+        calibrated = [layer for _, layer in self._projections()] if mode in _CALIBRATED else []
+        with _as_before_unless_done(calibrated), warnings.catch_warnings():
+            # Keras asks each layer, and most have nothing to quantise.
             warnings.filterwarnings("ignore", ".*does not have a `quantize` method")
             super().quantize(mode, config=config, filters=functools.partial(self._rounds, mode), **kwargs)
         self.backbone.quantized = quantized
@@ -118,18 +122,23 @@ class Quantizable(keras.Model):
                 dataset=config.dataset,
             )
         config = copy.copy(config)
-        rows = self.preprocessor.tokenizer.encode(texts) if isinstance(texts[0], str) else texts
+        strings = isinstance(texts[0], str)
+        rows = self.preprocessor.tokenizer.encode(texts) if strings else self._id_rows(texts, "dataset")
         config.dataset, config.tokenizer = [np.asarray(row, "int32") for row in rows], self
         return config
 
-    def forget_functions(self):
-        """Drops what was compiled for the model as it was; an optimiser that has its state begins anew."""
+    def forget_traces(self):
+        """Drops what `generate`, `score` and `features` have compiled, which reads the weights that there were."""
         backend.find_weights(self)
-        self.train_function = self.test_function = self.predict_function = None
         for kind in type(self).__mro__:
             for name, value in vars(kind).items():
                 if isinstance(value, functools.cached_property) and kind.__module__.startswith("keras_llama"):
                     self.__dict__.pop(name, None)
+
+    def forget_functions(self):
+        """Drops all that was compiled for the model as it was; an optimiser that has its state begins anew."""
+        self.forget_traces()
+        self.train_function = self.test_function = self.predict_function = None
         if self.compiled and self.optimizer.built:
             self.compile(type(self.optimizer).from_config(self.optimizer.get_config()), **self.compile_options)
 
@@ -138,6 +147,28 @@ class Quantizable(keras.Model):
         for block in (*getattr(self.backbone, "encoder_blocks", ()), *self.backbone.blocks):
             for layer in (layer for group in block.projections for layer in group):
                 yield layer.path, layer  # such as block_0/attention/query
+
+
+@contextlib.contextmanager
+def _as_before_unless_done(layers):
+    """Sets layers back if what is done to them inside ends in an error, or is interrupted.
+
+    Keras has them all hold new weights first, and deletes the kernel of each when it has rounded it.
+    """
+    before = [(layer, dict(vars(layer))) for layer in layers]
+    try:
+        yield
+    except BaseException:
+        for layer, attributes in before:
+            layer._tracker.unlock()
+            for name in vars(layer).keys() - attributes.keys():
+                delattr(layer, name)
+            for name, value in attributes.items():
+                if vars(layer).get(name) is not value:
+                    setattr(layer, name, value)
+            layer._tracker.lock()
+            backend.find_weights(layer)
+        raise
 
 
 def _described(config) -> str:

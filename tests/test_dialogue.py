@@ -38,6 +38,17 @@ def test_every_turn_of_the_assistant_is_trained_through_its_end(chat_lm):
     assert trained_text(chat_lm, MESSAGES[:3]) == ["a film<|end|>"]
 
 
+@pytest.mark.parametrize("before", ["", "<|start|>system\na good film<|end|>\n"])
+def test_a_conversation_may_open_with_the_assistant(chat_tokenizer, chat_lm, before):
+    """What the template writes before its words is not trained, a system text of its own included."""
+    template = f"{{% if messages[0].role != 'system' %}}{before}{{% endif %}}{chat_tokenizer.chat_template}"
+    files = {**chat_tokenizer.files, "chat_template.jinja": template.encode()}
+    chat_lm.preprocessor.tokenizer = open_tokenizer(files)
+    opening = {"role": "assistant", "content": "what is a film"}
+    assert trained_text(chat_lm, [opening]) == ["what is a film<|end|>"]
+    assert trained_text(chat_lm, [opening, *MESSAGES[3:]]) == ["what is a film<|end|>", "很好<|end|>"]
+
+
 def test_a_response_is_trained_with_its_end(chat_lm):
     row = {"prompt": "what is a film", "response": " a good film"}
     assert trained_text(chat_lm, row) == [" a good film<|none|>"]

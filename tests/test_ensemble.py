@@ -87,6 +87,21 @@ def test_members_that_do_not_go_together_are_refused(member):
             keras_llama.LlamaClassifierEnsemble([member("a"), member("b", **change)])
 
 
+def test_members_are_adapted_each_alone(member, tmp_path):
+    ensemble = keras_llama.LlamaClassifierEnsemble([member("a"), member("b")])
+    ensemble.members[0].enable_lora(rank=2)
+    for call in (
+        lambda: ensemble.add_adapter("more", ["block_0/mlp/up"], rank=2, alpha=4),
+        lambda: ensemble.set_adapter(None),
+        ensemble.merge_lora,
+        lambda: keras_llama.save_checkpoint(ensemble, tmp_path / "adapter", format="peft"),
+    ):
+        with pytest.raises(ValueError, match=r"each alone.*Received: members=\['a', 'b'\]"):
+            call()
+    assert ensemble.members[0].active_adapter == "default"
+    assert not list(tmp_path.iterdir())
+
+
 def test_it_has_no_preset(member, tmp_path):
     ensemble = keras_llama.LlamaClassifierEnsemble([member("a"), member("b")])
     with pytest.raises(ValueError, match="no layout of Hugging Face"):

@@ -274,7 +274,7 @@ def test_a_packed_kernel_multiplies_as_it_did(rng, monkeypatch, dtype, shape):
     monkeypatch.setattr(packing, "_is_intel", lambda: False)
     x, kernel = (keras.ops.convert_to_tensor(rng.normal(size=s), dtype) for s in (shape, (40, 24)))
     kernel = keras.ops.transpose(kernel)
-    packed = backend.packed(kernel)
+    packed = backend.packed(kernel, dtype)
     found, expected = (
         keras.ops.convert_to_numpy(keras.ops.cast(backend.multiply(x, k), "float32")) for k in (packed, kernel)
     )

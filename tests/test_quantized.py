@@ -6,6 +6,7 @@ import pytest
 from keras import ops
 
 import keras_llama
+from keras_llama import quantized
 
 IDS = np.random.default_rng(3).integers(1, 60, (16, 12)).astype("int32")
 
@@ -15,7 +16,8 @@ def make(make_backbone):
     """A language model of one block in a dtype or quantised, with an adapter or without."""
 
     def make(dtype, lora, tied=True):
-        computed = "bfloat16" if dtype == "bfloat16" else "float32"
+        dtype, _, base = dtype.partition(" on ")
+        computed = "bfloat16" if "bfloat16" in (dtype, base) else "float32"
         backbone = make_backbone(num_layers=1, tie_word_embeddings=tied, dtype=computed)
         lm = keras_llama.LlamaCausalLM(backbone, generation_config={"eos_token_id": []})
         if dtype.startswith("int"):
@@ -28,12 +30,12 @@ def make(make_backbone):
     return make
 
 
-DTYPES = pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "int4"])
-LORA = pytest.mark.parametrize("lora", [False, True], ids=["alone", "lora"])
+DTYPES = ["float32", "bfloat16", "int8", "int4"]
+LORA = [False, True]
+BOTH = [(dtype, lora) for dtype in DTYPES for lora in LORA]
 
 
-@DTYPES
-@LORA
+@pytest.mark.parametrize(("dtype", "lora"), [*BOTH, ("int8 on bfloat16", True), ("int4 on bfloat16", True)])
 @pytest.mark.filterwarnings("ignore:The weights that are trained are bfloat16")
 def test_trained_saved_and_loaded_it_is_the_same(make, dtype, lora, tmp_path):
     lm = make(dtype, lora)
@@ -44,14 +46,13 @@ def test_trained_saved_and_loaded_it_is_the_same(make, dtype, lora, tmp_path):
         np.testing.assert_array_equal(before, ops.convert_to_numpy(ops.cast(weight, "float32")))
     lm.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert loaded.quantized == (dtype if dtype.startswith("int") else None)
+    assert loaded.quantized == (dtype.split()[0] if dtype.startswith("int") else None)
     np.testing.assert_array_equal(*(task.predict(IDS, verbose=0) for task in (lm, loaded)))
     tokens = [task.generate(IDS[:2, :5], max_new_tokens=4)["token_ids"] for task in (lm, loaded)]
     np.testing.assert_array_equal(*tokens)
 
 
-@DTYPES
-@LORA
+@pytest.mark.parametrize(("dtype", "lora"), BOTH)
 @pytest.mark.slow
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="another backend rounds otherwise")
 @pytest.mark.filterwarnings("ignore:The SavedModel takes token ids")
@@ -165,11 +166,34 @@ def test_calibration_reads_texts_by_the_tokenizer_of_the_task(chat_lm, monkeypat
     assert [row.tolist() for row in rows] == [list(row) for row in wanted]
 
 
-@pytest.mark.parametrize("texts", [None, [], ["a text"]])
+def test_a_calibration_that_is_interrupted_leaves_the_model_as_it_was(make_backbone, monkeypatch, tmp_path):
+    lm = keras_llama.LlamaCausalLM(make_backbone(num_layers=1))
+    lm.compile(keras.optimizers.SGD(0.1))
+    paths, expected = {weight.path for weight in lm.weights}, logits(lm)
+
+    def interrupted(self, x):
+        del self.block.mlp.up._kernel  # as Keras does with one that it has rounded
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantized._Alone, "call", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        lm.quantize(config=CALIBRATED["gptq"](list(IDS)))
+    assert lm.quantized is None
+    assert {weight.path for weight in lm.weights} == {weight.path for weight in lm.trainable_weights} == paths
+    np.testing.assert_array_equal(logits(lm), expected)
+    lm.fit(IDS, verbose=0)
+    assert np.abs(logits(lm) - expected).max() > 1e-3
+    lm.save(tmp_path / "model.keras")
+    np.testing.assert_array_equal(logits(keras.saving.load_model(tmp_path / "model.keras")), logits(lm))
+    lm.quantize("int8")
+
+
+@pytest.mark.parametrize("texts", [None, [], ["a text"], [[5, 60]]])
 def test_calibration_without_a_dataset_is_refused(make, texts):
     lm = make("float32", lora=False)
     with pytest.raises(ValueError, match=r"`dataset` must hold.*Received"):
         lm.quantize(config=CALIBRATED["gptq"](texts))
     assert lm.quantized is None
+    assert {layer.quantization_mode for _, layer in lm._projections()} == {None}
     with pytest.raises(ValueError, match="GPTQConfig"):
         lm.quantize("gptq")

@@ -503,6 +503,25 @@ def test_overlap_is_new_on_a_language_model(make, tmp_path, capsys):
     assert keras.ops.convert_to_numpy(reader.get_layer("question_overlap").kernel).any()
 
 
+def test_overlap_is_trained_with_the_head(make, tmp_path):
+    make(question_overlap=True).save_to_preset(tmp_path / "base")
+    model, again = (
+        keras_llama.LlamaQuestionAnswering.from_preset(tmp_path / "base", dtype="mixed_bfloat16") for _ in range(2)
+    )
+    head = ["question_overlap/kernel", "qa_outputs/kernel", "qa_outputs/bias"]
+    model.freeze_base()
+    assert sorted(weight.path for weight in model.trainable_weights) == sorted(head)
+    model.unfreeze_base()
+    model.enable_lora(rank=2)
+    before = model.get_layer("question_overlap").kernel.numpy()
+    compiled(model).fit(ROWS, verbose=0)
+    assert np.abs(model.get_layer("question_overlap").kernel.numpy() - before).max() > 1e-3
+    keras_llama.save_checkpoint(model, tmp_path / "adapter", format="peft")
+    again.load_adapter(tmp_path / "adapter")
+    found, expected = (task.predict(np.array([[5, 6, 2, 5, 6]]), verbose=0) for task in (again, model))
+    np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("overlap", [True, None, -1, 50, 2.0, "2"])
 def test_overlap_without_a_separator_is_refused(overlap):
     backbone = keras_llama.LlamaBackbone(vocabulary_size=50, **keras_llama.size("tiny"))

@@ -141,6 +141,9 @@ def test_scores_are_log_probabilities(chat_lm):
     assert np.abs(np.array(many[0]["log_probs"]) - scored["log_probs"]).max() < 1e-4
     with pytest.raises(ValueError, match="at least two tokens"):
         chat_lm.score([[5]])
+    assert len(chat_lm.score([[5] * 200])[0]["log_probs"]) == 199
+    with pytest.raises(ValueError, match=r"Text 1 must fit into the context of 200 tokens\. Received: tokens=201"):
+        chat_lm.score([[5, 6], [5] * 201])
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def remat(function, variables=()):
 
     Args:
         function: arrays -> a pytree of arrays.
-        variables: the Keras variables that it reads.
+        variables: the Keras variables that it reads; frozen ones, too, which JAX knows nowhere else while `fit` runs.
     """
     if name() == "jax":
         return functools.partial(_remat_in_jax, function, variables)
@@ -73,7 +73,7 @@ def remat(function, variables=()):
 
     if tf.executing_eagerly():
         return tf.recompute_grad(function)
-    return functools.partial(_remat_in_graph, function, variables)
+    return functools.partial(_remat_in_graph, function, [v for v in variables if v.trainable])
 
 
 def remat_cheap(function, variables=()):

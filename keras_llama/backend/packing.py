@@ -48,12 +48,13 @@ def _is_intel() -> bool:
     return "GenuineIntel" in (cpus.read_text() if cpus.exists() else platform.processor())
 
 
-def packed(kernel):
-    """A copy of a kernel (D, units) for `multiply`, where `packs`; else the kernel itself."""
-    if not packs(keras.backend.standardize_dtype(kernel.dtype)):
-        return kernel
-    if name() != "torch":
+def packed(kernel, dtype):
+    """A copy of a kernel (D, units) for `multiply` with arrays of this dtype, where `packs`; else the kernel in it."""
+    if packs(dtype) and name() != "torch":
         return keras.ops.cast(kernel, "float32")
+    kernel = keras.ops.cast(kernel, dtype)
+    if not packs(dtype):
+        return kernel
     import torch
 
     return torch.ops.mkldnn._reorder_linear_weight(kernel.t(), 1)

@@ -215,12 +215,16 @@ class LlamaCausalLM(LanguageModel):
             exp of minus their mean.
 
         Raises:
-            ValueError: for a text of a single token, which has nothing to score.
+            ValueError: for a text of a single token, which has nothing to score, or of more than the context holds.
         """
         rows, strings = self._prompts(texts)
+        context = self.backbone.config.context_length
         for i, row in enumerate(rows):
             if len(row) < 2:
                 raise invalid(f"Text {i} must have at least two tokens to score.", tokens=row)
+            if context is not None and len(row) > context:
+                hint = "Score it in parts."
+                raise invalid(f"Text {i} must fit into the context of {context} tokens.", hint, tokens=len(row))
         scored = []
         for start in range(0, len(rows), batch_size):
             part = rows[start : start + batch_size]

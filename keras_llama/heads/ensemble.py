@@ -75,7 +75,8 @@ class LlamaClassifierEnsemble(LlamaTextClassifier):
             members=[member.name for member in self.members],
         )
 
-    features = fit_head = freeze_base = unfreeze_base = enable_lora = load_adapter = quantize = _of_members
+    features = fit_head = freeze_base = unfreeze_base = quantize = _of_members
+    enable_lora = add_adapter = set_adapter = load_adapter = merge_lora = write_adapter = _of_members
 
     def get_config(self):
         members = [keras.saving.serialize_keras_object(member) for member in self.members]

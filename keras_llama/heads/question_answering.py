@@ -120,6 +120,10 @@ class LlamaQuestionAnswering(Task):
         fresh = self.question_overlap is not False and not known
         return [*super().fresh_weights(checkpoint), *(["question_overlap.weight"] if fresh else [])]
 
+    def _head_weights(self):
+        """With the vectors of `question_overlap`, which no checkpoint of another task has trained."""
+        return [*super()._head_weights(), *(w for w in self.weights if w.path.startswith("question_overlap/"))]
+
     def default_loss(self):
         return SpanCrossentropy()
 
@@ -253,7 +257,6 @@ def _is_id(value, vocabulary_size):
 def _overlapped(backbone, separator):
     """Hidden states (B, T, D) of tokens that know which of them the question has."""
     ids, mask = backbone.input["token_ids"], backbone.input["padding_mask"]
-    overlap = QuestionOverlap(
-        backbone.config.hidden_dim, separator=separator, dtype=backbone.dtype_policy, name="question_overlap"
-    )
+    policy = backend.with_float32_weights(backbone.dtype_policy)  # trained with the head
+    overlap = QuestionOverlap(backbone.config.hidden_dim, separator=separator, dtype=policy, name="question_overlap")
     return backbone.decode(ids, mask, embeddings=backbone.token_embedding(ids) + overlap(ids))[0]

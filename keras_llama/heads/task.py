@@ -87,6 +87,7 @@ class Task(Inputs, Files):
         )
         options = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics, **kwargs}
         self.compile_options = types.MappingProxyType({**options, "jit_compile": jit_compile})  # not a dict: untracked
+        self.forget_traces()  # another task on the backbone may have changed it
         super().compile(optimizer, **options, jit_compile=backend.resolve_jit(jit_compile))
         backend.prepare_updates(self.optimizer, by_xla=jit_compile == "auto")
         self.choose_step(metrics, weighted_metrics, **kwargs)
