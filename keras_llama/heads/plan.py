@@ -109,7 +109,7 @@ _OF_SAMPLING = ("temperature", "top_k", "top_p", "min_p")
 
 
 def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and value >= least
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool) and bool(value >= least)
 
 
 def _new_tokens(
