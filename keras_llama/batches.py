@@ -1,8 +1,10 @@
 """Rows of token ids -> batches for `fit`: sorted by length, in an order per epoch, or packed together."""
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import keras
 import numpy as np
@@ -28,8 +30,8 @@ class _Epochs(keras.utils.PyDataset):
 
     shuffle_seed: int | None
 
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self):
+        super().__init__()
         self.epoch, self._at_end, self.augment = 0, False, None
 
     def start(self, epoch):
@@ -108,38 +110,58 @@ class StreamedBatches(_Epochs):
     With `shuffle_seed`, each epoch draws a new order of the batches. A source that has other batches in each epoch
     says so by a method `start(epoch)`, and one that can tell its data from others by `digest()`.
 
+    With `workers` above 1, so many threads make up to `max_queue_size` batches ahead (docs/decisions.md).
+
     Args:
         prepare: (inputs, targets, sample weights, cut=counter) -> batch; counts what truncation cut off.
         warn_of_cut: told the counts of all batches after the first epoch.
     """
 
     def __init__(self, source, prepare, warn_of_cut, shuffle_seed=None):
-        super().__init__(
-            workers=source.workers,
-            use_multiprocessing=source.use_multiprocessing,
-            max_queue_size=source.max_queue_size,
-        )
+        super().__init__()
+        if source.use_multiprocessing:
+            warnings.warn("`workers` of a PyDataset are threads here, not use_multiprocessing=True.", stacklevel=2)
         self.source, self.prepare, self.warn_of_cut = source, prepare, warn_of_cut
         self.shuffle_seed = shuffle_seed
         self.cut: dict[int, Counter] = {}  # by batch, because a backend may look at one twice
+        self._threads = ThreadPoolExecutor(source.workers) if source.workers > 1 else None
+        self._ahead: dict[int, Future] = {}
 
     def __len__(self):
         return len(self.source)
 
     def batch(self, index):
+        if self._threads is None:
+            return self._made(index)
+        for i in range(index, min(len(self), index + 1 + self.source.max_queue_size)):
+            if i not in self._ahead:
+                self._ahead[i] = self._threads.submit(self._made, i)
+        return self._ahead.pop(index).result()
+
+    def _made(self, index):
         if self.shuffle_seed is not None:
             index = int(np.random.default_rng([self.shuffle_seed, self.epoch]).permutation(len(self))[index])
         batch, self.cut[index] = self.source[index], Counter()
         return self.prepare(*_parts(batch), cut=self.cut[index])
 
     def on_epoch_begin(self):
+        self._forget()
         self.source.on_epoch_begin()
 
     def on_epoch_end(self):
+        self._forget()
         self.source.on_epoch_end()
         super().on_epoch_end()
 
+    def _forget(self):
+        """Waits for what is on its way, and drops it: the source may change."""
+        for future in self._ahead.values():
+            future.cancel()
+        wait(self._ahead.values())
+        self._ahead = {}
+
     def draw(self):
+        self._forget()
         if self.epoch and self.cut:
             self.warn_of_cut(sum(self.cut.values(), Counter()))
             self.warn_of_cut = lambda cut: None  # once is enough

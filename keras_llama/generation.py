@@ -12,7 +12,7 @@ from keras import ops
 from keras_llama import backend
 from keras_llama import cache as kv_cache
 from keras_llama.beams import Beams
-from keras_llama.config import LlamaConfig
+from keras_llama.config import LlamaConfig, invalid
 from keras_llama.projections import KernelCopies
 from keras_llama.samplers import choose, penalize
 
@@ -100,15 +100,16 @@ class TokenLoop:
             finished: called after each chunk with the new ids so far (B, t) -> bool (B,), rows to stop.
         """
         tokens, mask, seen, total = self._prompt_arrays(prompts, max_new_tokens)
-        stops = np.array(sorted(stop_ids) or [-1], "int32")
-        uniforms = np.stack([np.random.default_rng(seed).random(total) for seed in seeds]).astype("float32")
+        stops = _filled_up(stop_ids)
         first = tokens.shape[1]
+        uniforms = _uniforms(seeds, first, total - first)
         last = first + max_new_tokens
         state = self._start(tokens, mask, seen, context, settings, stops, uniforms[:, : mask.shape[1]])
         copies, shown, column = None, first, first + 1
         while True:
             end = min(shown + (chunk or max_new_tokens), last)
-            if end > column:  # the first token is there already, and waits for no copies and no compilation
+            # The first token is there already, and waits for no copies and no compilation; it may have ended all rows.
+            if end > column and not bool(ops.all(state.done)):
                 copies = self._kernels.make(len(prompts), backend.bucket(max_new_tokens)) if copies is None else copies
                 state = self._run(state, end, copies, context, settings, stops, uniforms)
                 column = int(state.column)
@@ -130,6 +131,11 @@ class TokenLoop:
         Beam search as Transformers runs it with `early_stopping=False`. `context` has a row for each prompt,
         whatever the number of beams: `step` is then given n rows of tokens for each of its rows.
         """
+        most = self.config.vocabulary_size // _width(1, len(stop_ids))
+        if num_beams > most:
+            hint = "A beam needs one token that goes on for each that stops."
+            given = {"num_beams": num_beams, "stop_tokens": len(stop_ids)}
+            raise invalid(f"`num_beams` must be at most {most} with this vocabulary.", hint, **given)
         tokens, mask, seen, total = self._prompt_arrays(prompts, max_new_tokens)
         first = tokens.shape[1]
         search = Beams(len(prompts), num_beams, length_penalty, sorted(stop_ids), self.config.vocabulary_size)
@@ -237,7 +243,7 @@ class TokenLoop:
         """Cache of every beam, and the best first tokens: log-probabilities and ids (B, width)."""
         logits, cache = self._prefill(prompts, mask, context)
         rows, num_beams = scores.shape
-        found, ids = ops.top_k(self._log_probabilities(logits, seen, penalty), _width(num_beams, stops))
+        found, ids = ops.top_k(self._log_probabilities(logits, seen, penalty), _width(num_beams, stops.shape[0]))
         return kv_cache.reorder(cache, ops.repeat(ops.arange(rows, dtype="int32"), num_beams)), found, ids
 
     def _expand_beams(self, cache, rows, last, mask, column, seen, copies, context, scores, penalty, stops):
@@ -245,11 +251,23 @@ class TokenLoop:
         logits, cache = self._next_step(copies, last, mask, kv_cache.reorder(cache, rows), column, *context)
         total = self._log_probabilities(logits, seen, penalty) + ops.reshape(scores, (-1, 1))
         prompts, num_beams = scores.shape
-        found, ids = ops.top_k(ops.reshape(total, (prompts, -1)), _width(num_beams, stops))
+        found, ids = ops.top_k(ops.reshape(total, (prompts, -1)), _width(num_beams, stops.shape[0]))
         return cache, found, ids
 
     def _log_probabilities(self, logits, seen, penalty):
         return penalize(ops.log_softmax(logits, axis=-1), seen, penalty)
+
+
+def _filled_up(stop_ids):
+    """Stop ids int32, and -1 behind them up to a bucket: each number of them is one more program."""
+    return np.array([*sorted(stop_ids), *[-1] * (backend.bucket(len(stop_ids)) - len(stop_ids))], "int32")
+
+
+def _uniforms(seeds, first, count):
+    """Numbers in [0, 1), float32 (B, first + count): a row's are those of its seed, whatever column they begin in."""
+    # Drawn in float32: numbers of float64 next to 1 would be rounded to 1.
+    drawn = [np.random.default_rng(seed).random(count, "float32") for seed in seeds]
+    return np.pad(drawn, [[0, 0], [first, 0]])
 
 
 def _room(filled, total):
@@ -274,4 +292,4 @@ def _ended(state):
 
 def _width(num_beams, stops):
     """How many continuations to look at: enough that `num_beams` of them do not stop."""
-    return max(2, 1 + stops.shape[0]) * num_beams
+    return max(2, 1 + stops) * num_beams

@@ -88,10 +88,10 @@ class NgramEmbedding(keras.layers.Layer):
         self.built = True
 
     def know(self, listed, characters=None):
-        """Takes the list of `frequent`, and which id stands for the character of each token, int32 (V,)."""
+        """Takes the list of `frequent`, in any order, and which id stands for the character of each token, (V,)."""
         if not self.built:
             self.build()
-        self.codes.assign(listed)
+        self.codes.assign(np.sort(listed))
         self.characters.assign(np.arange(self.vocabulary_size) if characters is None else characters)
 
     def call(self, token_ids, padding_mask, training=None):

@@ -45,20 +45,21 @@ class TrainingState(keras.callbacks.Callback):
             self.epoch, self.stopped, self.seed = saved["epoch"], saved["stopped"], saved["seed"]
             self.history, self._run, self._changed = saved["history"], saved["run"], saved["callbacks"]
 
-    def begin(self, model, seed: int | None, data: str, callbacks: list) -> None:
+    def begin(self, model, seed: int | None, given: dict[str, Any], callbacks: list) -> None:
         """Brings the model to where the file says that it was.
 
         Args:
             seed: what the order of the data is drawn from.
-            data: tells the data from others.
+            given: tells what the model is trained on from other data.
             callbacks: those whose state is kept.
 
         Raises:
-            ValueError: if the file is of another model or of other data; the model is then unchanged.
+            ValueError: if the file is of another model or loss, or of other data; the model is then unchanged.
         """
         self.seed, self.callbacks = seed, callbacks
         config = _unnamed(json.loads(json.dumps(model.get_config(), default=str)), {})
-        run = {"data": data, "optimizer": type(model.optimizer).__name__, **_settings(config)}
+        run = {**given, "optimizer": type(model.optimizer).__name__, "loss": _described(model.loss)}
+        run = {**_settings(json.loads(json.dumps(run, default=_plain))), **_settings(config)}
         variables = _variables(model)
         run |= {f"weight {i}": [list(v.shape), str(v.dtype)] for i, v in enumerate(variables)}
         if self._run:
@@ -118,6 +119,18 @@ class TrainingState(keras.callbacks.Callback):
                 safetensors.numpy.save_file(values, unfinished, {_KEY: json.dumps(document)})
         except safetensors.SafetensorError as error:
             raise OSError(f"{self.path}: cannot be written ({error}). The former state is whole.") from error
+
+
+def _described(loss: Any) -> Any:
+    """A loss by its class and settings, or by its name."""
+    if isinstance(loss, keras.losses.Loss):
+        return _unnamed({"class": type(loss).__name__, **loss.get_config()}, {})
+    return getattr(loss, "__name__", loss)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON does not know, the same in each process."""
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else type(value).__name__
 
 
 def _variables(model) -> list:

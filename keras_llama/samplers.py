@@ -1,6 +1,6 @@
 """Logits -> next token: functions, no model in sight. Shapes: B batch, V vocabulary.
 
-All settings are tensors, so that a new value compiles nothing anew. The order is Transformers':
+All settings are tensors, so that a new value compiles nothing anew, on torch numbers. The order is Transformers':
 repetition penalty, temperature, top-k, top-p, min-p.
 """
 
@@ -48,8 +48,7 @@ class Settings(NamedTuple):
                 raise invalid(f"`{name}` must be finite.", **{name: value})
         if isinstance(self.top_k, bool) or not isinstance(self.top_k, (int, np.integer)) or self.top_k < 0:
             raise invalid("`top_k` must be an integer of at least 0; 0 switches it off.", top_k=self.top_k)
-        arrays = {name: np.array(x, "int32" if name == "top_k" else "float32") for name, x in self._asdict().items()}
-        return Settings(**arrays)
+        return Settings(*(np.array(value, "float32") for value in self))
 
 
 def penalize(logits, seen, penalty):
@@ -65,12 +64,11 @@ def keep_likely(logits, settings):
     """
     highest = ops.max(logits, axis=-1, keepdims=True)
     nothing = ops.full_like(highest, -np.inf)
-    count = ops.cast(settings.top_k, "float32")
-    cut = ops.cond(
-        settings.top_k > 0,
-        lambda: _cut(highest, lambda x: ops.sum(ops.cast(logits > x, "float32"), axis=-1, keepdims=True) < count),
-        lambda: nothing,
-    )
+
+    def fewest(x):
+        return ops.sum(ops.cast(logits > x, "float32"), axis=-1, keepdims=True) < settings.top_k
+
+    cut = ops.cond(settings.top_k > 0, lambda: _cut(highest, fewest), lambda: nothing)
     shares = ops.where(logits > cut, ops.exp(logits - highest), 0.0)
     mass = ops.sum(shares, axis=-1, keepdims=True) * settings.top_p
 

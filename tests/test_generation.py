@@ -109,6 +109,7 @@ def test_the_seed_decides_what_is_sampled(models):
     options = {"temperature": 1.5, "top_k": 30}
     first = ours(lm, PROMPTS, 12, seed=1, **options)
     assert ours(lm, PROMPTS, 12, seed=1, **options) == first
+    assert ours(lm, PROMPTS, 12, seed=1, batch_size=1, **options) == first
     assert ours(lm, PROMPTS, 12, seed=2, **options) != first
     assert ours(lm, PROMPTS, 12, **options) != ours(lm, PROMPTS, 12, **options)
     keras.utils.set_random_seed(3)
@@ -121,7 +122,7 @@ def test_the_seed_decides_what_is_sampled(models):
 def test_a_seed_gives_the_same_ids_on_every_backend(make_backbone):
     lm = keras_llama.LlamaCausalLM(make_backbone(tie_word_embeddings=True))
     found = ours(lm, [[5, 8, 2]], 10, temperature=1.0, top_k=20, top_p=0.9, seed=7)
-    assert found == [[58, 31, 7, 20, 58, 33, 21, 44, 59, 49]]
+    assert found == [[59, 31, 24, 55, 44, 59, 59, 46, 10, 24]]
 
 
 def test_no_setting_and_few_lengths_compile_anew(models):
@@ -134,6 +135,7 @@ def test_no_setting_and_few_lengths_compile_anew(models):
     for length in range(1, 49):
         prompt = [rng.integers(1, 61, length).tolist()]
         options = {"temperature": length / 50, "top_p": 1 - length / 100, "top_k": length, "seed": length}
+        options["stop"] = ("auto", None, 5, [5, 6, 7])[length % 4]
         lm.generate(prompt, 1 + length % 8, min_p=0.01, repetition_penalty=1 + length / 50, **options)
     assert lm._loop.traces == traces
 
@@ -195,6 +197,30 @@ def test_the_first_token_waits_for_no_step(make_backbone):
     assert not steps
     assert sum(piece.shape[1] for piece, _ in pieces) == 19
     assert steps
+    loop._kernels.make = loop._advance = None  # it may be the last token of each row
+    everything = set(range(60))
+    ((only, done),) = loop.generate(PROMPTS, 20, Settings().checked(), everything, range(3))
+    assert only.shape == (3, 1)
+    assert done.all()
+
+
+def test_the_numbers_of_a_row_are_its_own_and_below_1():
+    seeds = [(7, 0), (47512, 1)]  # the second has a float64 that is 1 in float32
+    assert np.float32(np.random.default_rng(seeds[1]).random(500).max()) == 1
+    short, long = (generation._uniforms(seeds, first, 500) for first in (8, 48))
+    np.testing.assert_array_equal(short[:, 8:], long[:, 48:])
+    assert short.shape == (2, 508)
+    assert short.dtype == "float32"
+    assert short.max() < 1
+
+
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="the others compile the choice")
+def test_what_is_chosen_by_is_known_without_asking_the_device(models, monkeypatch):
+    _, lm = models
+    asked, ask = [], torch.Tensor.__bool__
+    monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: asked.append(1) or ask(tensor))
+    lm.generate(PROMPTS, 25, temperature=1.0, top_k=9, top_p=0.9, stop=None)
+    assert len(asked) <= 2 + 24 // 8  # at the start, and whether all rows are done at every eighth step
 
 
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="the others compile")

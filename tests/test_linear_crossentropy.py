@@ -131,11 +131,17 @@ def test_nothing_but_padding_has_no_loss(make_backbone):
     assert not any(np.any(change) for change in moved)
 
 
+class Doubled(TokenCrossentropy):
+    def call(self, y_true, y_pred):
+        return 2 * super().call(y_true, y_pred)
+
+
 OTHER = [
-    {"metrics": ["accuracy"]},
+    {"metrics": [keras.metrics.SparseCategoricalAccuracy()]},
     {"weighted_metrics": [keras.metrics.SparseCategoricalCrossentropy(from_logits=True)]},
     {"loss": keras.losses.SparseCategoricalCrossentropy(from_logits=True)},
     {"loss_weights": 0.5},
+    {"loss": Doubled()},
 ]
 
 
@@ -148,11 +154,25 @@ def test_what_needs_logits_gets_them(make_backbone, rng, options):
     assert all(np.isfinite(values).all() for values in history.values())
 
 
-def test_weighted_metrics_by_name_need_no_logits(make_backbone, rng):
+@pytest.mark.parametrize("chosen", [{"weighted_metrics": ["perplexity"]}, {"metrics": ["perplexity"]}], ids=str)
+def test_metrics_by_name_need_no_logits_and_count_what_the_loss_counts(make_backbone, rng, chosen):
+    """Keras gives `metrics` no weights: they would count padding."""
     model = keras_llama.LlamaCausalLM(make_backbone())
-    model.compile(loss="sparse_categorical_crossentropy", weighted_metrics=["perplexity"])
+    model.compile(loss="sparse_categorical_crossentropy", **{"weighted_metrics": None, **chosen})
     assert model.chunked
-    assert set(model.evaluate(batch(rng), verbose=0, return_dict=True)) == {"loss", "perplexity"}
+    found = model.evaluate(batch(rng), verbose=0, return_dict=True)
+    assert found == {"loss": found["loss"], "perplexity": pytest.approx(np.exp(found["loss"]), rel=1e-5)}
+
+
+@pytest.mark.plain
+def test_metrics_of_tokens_take_the_place_of_the_default(make_backbone):
+    model, other = keras_llama.LlamaCausalLM(make_backbone()), keras.metrics.SparseCategoricalAccuracy()
+    mine = TokenAccuracy()
+    model.compile(metrics=[other, mine])
+    default = model.compile_options["weighted_metrics"][0]
+    assert model.compile_options["metrics"] == [other]
+    assert model.compile_options["weighted_metrics"] == [default, mine]
+    assert default.name == "perplexity"
 
 
 def test_a_batch_of_ones_own_needs_no_weights(make_backbone, rng):

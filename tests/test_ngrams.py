@@ -81,10 +81,10 @@ def test_a_vector_is_the_sum_of_those_on_the_list(rng):
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 8, 9])
-def test_every_entry_of_a_list_is_found(length):
+def test_every_entry_of_a_list_is_found(length, rng):
     listed = np.unique(ops.convert_to_numpy(codes(np.arange(9)[None], np.ones((1, 9)))))[:length]
     layer = NgramEmbedding(vocabulary_size=9, length=length, width=4)
-    layer.know(listed)
+    layer.know(rng.permutation(listed))
     layer.embeddings.assign(np.ones((length, 4)))
     hits = ops.convert_to_numpy(layer(np.arange(9)[None], np.ones((1, 9))))[0, :, 0].sum()
     assert hits == length

@@ -98,6 +98,16 @@ def test_what_cannot_be_packed_is_refused(tokenizer):
     model.compile()
     with pytest.raises(ValueError, match="`sample_weight` must be None with `packing`"):
         model.fit(TEXTS, sample_weight=np.ones(len(TEXTS)), packing=True)
+
+    class Weighted(keras.utils.PyDataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return TEXTS, None, np.ones(len(TEXTS))
+
+    with pytest.raises(ValueError, match="`sample_weight` must be None with `packing`"):
+        model.fit(Weighted(), packing=True)
     with pytest.raises(ValueError, match="`packing` needs a language model and strings"):
         model.fit(np.ones((2, 3), int), packing=True)
     classifier = keras_llama.LlamaTextClassifier(model.backbone, num_classes=2, preprocessor=model.preprocessor)

@@ -46,7 +46,8 @@ def test_it_is_training_with_a_frozen_base(make):
     options = {"batch_size": 24, "epochs": 4, "verbose": 0, "validation_data": (IDS[:6], LABELS[:6])}
     whole.freeze_base()
     expected = whole.fit(IDS, LABELS, sample_weight=weights, **options).history
-    found = alone.fit_head(IDS, LABELS, sample_weight=weights, **options).history
+    # Beside `validation_data` a split is none, as in Keras.
+    found = alone.fit_head(IDS, LABELS, sample_weight=weights, validation_split=0.5, **options).history
     assert found.keys() == expected.keys()
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=name)
@@ -144,8 +145,12 @@ def test_what_it_does_not_take_is_refused(make, make_backbone, tmp_path):
     with pytest.raises(ValueError, match=r"no such options.*Received: options=\['resume'\]"):
         classifier.fit_head(IDS, LABELS, resume=tmp_path)
     assert len(classifier.trainable_weights) == trainable
-    with pytest.raises(ValueError, match="must be compiled"):
-        keras_llama.LlamaTextClassifier(make_backbone(), num_classes=3).fit_head(IDS, LABELS)
+    with pytest.raises(ValueError, match="`batch_size` must be"):
+        classifier.fit_head(np.ones((24, 32)), LABELS, batch_size=0)
+    fresh = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=3)
+    for train in (fresh.fit_head, lambda *data: fresh.fit(*data, resume=tmp_path)):
+        with pytest.raises(ValueError, match="must be compiled"):
+            train(IDS, LABELS)
     with pytest.raises(ValueError, match=r"head of its own.*Received: head='lm_head'"):
         keras_llama.LlamaCausalLM(make_backbone()).freeze_base()
     named = [keras_llama.LlamaTextClassifier(make_backbone(), num_classes=3, name=name) for name in ("first", "second")]

@@ -1,5 +1,6 @@
 """Texts to batches: padding, truncation and its warning, buckets, order, and what is refused."""
 
+import threading
 import warnings
 from collections import Counter
 
@@ -159,6 +160,33 @@ def test_streamed_batches_shuffle_and_count_each_batch_once():
     assert all(sorted(order) == [0, 1, 2] for order in orders)
     assert len(set(orders)) > 1
     assert told == [Counter(texts=3)]
+
+
+def test_threads_make_streamed_batches_ahead_and_in_order():
+    """Two at a time: each waits for the other. A first look, and a source that changes, get none of what was ahead."""
+    pair = threading.Barrier(2)
+
+    class Slow(Source):
+        turn = 0
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            pair.wait(timeout=20)
+            return [f"text {index}"], [index, self.turn]
+
+        def on_epoch_end(self):
+            self.turn += 1
+
+    data = StreamedBatches(Slow(workers=2, max_queue_size=1), lambda x, y, cut: (x, y), lambda cut: None)
+    data[0]
+    data.on_epoch_end()
+    assert [data[i][1] for i in range(4)] == [[i, 1] for i in range(4)]
+    data.on_epoch_end()
+    assert (data.epoch, data.workers) == (1, 1)
+    with pytest.warns(UserWarning, match="`workers` of a PyDataset are threads here"):
+        StreamedBatches(Slow(use_multiprocessing=True), lambda x, y, cut: (x, y), lambda cut: None)
 
 
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="others take the dataset itself")

@@ -333,10 +333,25 @@ def test_balanced_weights_make_classes_count_alike():
     assert np.mean(weights) == pytest.approx(1)
 
 
-def test_a_confusion_matrix_is_drawn_with_chinese_names(tmp_path, recwarn):
+@pytest.mark.parametrize("fonts", [plots.CHINESE_FONTS, ()], ids=["a font", "no font"])
+def test_a_confusion_matrix_is_drawn_with_chinese_names(tmp_path, recwarn, monkeypatch, fonts):
+    """Or with their numbers where no font has them, but never with boxes."""
+    from matplotlib import figure, font_manager
+
+    labels, save = [], figure.Figure.savefig
+
+    def watched(self, *args, **kwargs):
+        labels.extend(label.get_text() for label in self.axes[0].get_xticklabels())
+        save(self, *args, **kwargs)
+
+    monkeypatch.setattr(figure.Figure, "savefig", watched)
+    monkeypatch.setattr(plots, "CHINESE_FONTS", fonts)
     plots.confusion(tmp_path / "confusion.png", ["体育", "财经"], np.array([[8, 2], [0, 0]]))
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert not [w for w in recwarn if "Glyph" in str(w.message)]  # what matplotlib says of a box
+    if fonts and not {font.name for font in font_manager.fontManager.ttflist} & set(fonts):
+        pytest.skip("needs a Chinese font")
+    assert labels == (["体育", "财经"] if fonts else [r"\u4f53\u80b2", r"\u8d22\u7ecf"])
 
 
 def test_equal_texts_stay_on_one_side():

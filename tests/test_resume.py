@@ -197,6 +197,36 @@ def test_a_state_of_other_data_is_refused(tokenizer, state):
     assert state.read_bytes() == before
 
 
+@pytest.mark.plain
+@pytest.mark.parametrize(
+    ("loss", "options", "match"),
+    [
+        (keras.losses.SparseCategoricalCrossentropy(from_logits=True, ignore_class=0), {}, r"`loss\.ignore_class`"),
+        ("auto", {"class_weight": {0: 1.0, 1: 2.0}}, "`class_weight`"),
+        ("auto", {"validation_data": (TEXTS[:4], LABELS[:4])}, "`validation_data`"),
+    ],
+)
+def test_a_state_of_another_training_is_refused(tokenizer, state, loss, options, match):
+    model = build(tokenizer)
+    model.compile(model.optimizer, loss)
+    with pytest.raises(ValueError, match=f"{match} differs"):
+        fit(model, epochs=2, resume=state.parent, **options)
+
+
+@pytest.mark.plain
+def test_what_a_training_is_told_by_is_the_same_in_each_process(tokenizer, tmp_path):
+    """Numbers of NumPy, and a loss whose name Keras counts on."""
+
+    class Own(keras.losses.Loss):
+        def call(self, y_true, y_pred):
+            return keras.losses.sparse_categorical_crossentropy(y_true, y_pred, from_logits=True)
+
+    for weight in (np.float32(2), 2.0):
+        model = build(tokenizer)
+        model.compile(model.optimizer, Own())
+        fit(model, epochs=1, resume=tmp_path, class_weight={np.int64(0): 1.0, np.int64(1): weight})
+
+
 def test_a_state_cut_short_is_refused(tokenizer, state):
     whole, model = state.read_bytes(), build(tokenizer)
     for kept in (0, 5, 200, len(whole) - 10):

@@ -317,6 +317,7 @@ def test_refuses_bad_pairs(random, case):
         ("a", {"length_penalty": "long"}, "`length_penalty` must be"),
         ("a", {"max_new_tokens": 0}, "`max_new_tokens` must be"),
         ("a", {"batch_size": 0}, "`batch_size` must be"),
+        ("a", {"stream": -1}, "`stream` must be"),
         ([[5, 6]], {"stream": True}, "need sources that are strings"),
         ([[5] * 41], {}, "at most sequence_length=40"),
     ],

@@ -87,7 +87,10 @@ def test_lists_arrays_and_streams_train_alike(make):
     np.testing.assert_allclose(model.predict(Stream(), verbose=0), model.predict(TEXTS, verbose=0), atol=1e-5)
 
 
-def test_truncation_in_a_stream_is_told_once(make):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_truncation_in_a_stream_is_told_once(make, workers):
+    started = []
+
     class Stream(keras.utils.PyDataset):
         def __len__(self):
             return 2
@@ -95,11 +98,15 @@ def test_truncation_in_a_stream_is_told_once(make):
         def __getitem__(self, i):
             return ["a good film and much more of it", "bad"], [1, 0]
 
+        def start(self, epoch):
+            started.append(epoch)
+
     model = make(length=5, num_classes=2)
     model.compile()
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
-        model.fit(Stream(), epochs=3, verbose=0)
+        model.fit(Stream(workers=workers), epochs=3, verbose=0)
+    assert started == [0, 1, 2, 3]
     messages = [str(one.message) for one in told if "texts are longer" in str(one.message)]
     assert len(messages) == 1
     assert messages[0].startswith("2 of 4 texts")
@@ -286,6 +293,74 @@ def test_refuses_bad_sample_weights_and_splits(make):
         model.fit(TEXTS, y, sample_weight=[1.0])
     with pytest.raises(ValueError, match="`validation_split` must"):
         model.fit(TEXTS, y, validation_split=1.5)
+    for size in (0, -1, 2.5):
+        for call in (model.predict, model.classify, model.features, lambda x, **size: model.fit(x, y, **size)):
+            with pytest.raises(ValueError, match="`batch_size` must be an integer of at least 1"):
+                call(TEXTS, batch_size=size)
+
+
+@pytest.mark.plain
+def test_what_the_batches_of_a_dataset_hold_is_refused_beside_it(make):
+    class Stream(keras.utils.PyDataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, i):
+            return TEXTS, LABELS
+
+    model = make(labels=["bad", "good"])
+    model.compile()
+    for given in ({"y": LABELS}, {"sample_weight": np.ones(24)}, {"batch_size": 4}):
+        for call in (model.fit, model.evaluate):
+            with pytest.raises(ValueError, match=rf"`x` must come alone.*beside=\['{next(iter(given))}'\]"):
+                call(Stream(), **given)
+    with pytest.raises(ValueError, match="`validation_data` must come alone"):
+        model.fit(TEXTS, LABELS, validation_data=(Stream(), LABELS))
+    with pytest.raises(ValueError, match="`validation_data` must come alone"):
+        model.fit(TEXTS, LABELS, validation_data=Stream(), validation_batch_size=4)
+    with pytest.raises(ValueError, match="`x` must come alone"):
+        model.predict(Stream(), batch_size=4)
+
+
+@pytest.mark.plain
+def test_validation_data_go_before_a_split_and_have_their_own_batch_size(make):
+    class Counted(keras.callbacks.Callback):
+        trained = validated = 0
+
+        def on_train_batch_end(self, batch, logs=None):
+            self.trained += 1
+
+        def on_test_batch_end(self, batch, logs=None):
+            self.validated += 1
+
+    model, counted = make(labels=["bad", "good"]), Counted()
+    model.compile()
+    held = {"validation_split": 0.5, "validation_data": (TEXTS[:6], LABELS[:6]), "validation_batch_size": 2}
+    model.fit(TEXTS, LABELS, batch_size=12, callbacks=counted, verbose=0, **held)
+    assert (counted.trained, counted.validated) == (2, 3)
+
+
+@pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="of TensorFlow's datasets")
+def test_a_tf_data_set_of_ones_own_is_taken_as_it_is(make_backbone, tmp_path):
+    import tensorflow as tf
+
+    classifier = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
+    classifier.compile(keras.optimizers.SGD(1e-3))
+    ids, labels = np.arange(1, 17, dtype="int32").reshape(8, 2), np.array([0, 1] * 4)
+    inputs = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+    dataset = tf.data.Dataset.from_tensor_slices((inputs, labels)).batch(4)
+    expected = classifier.evaluate(ids, labels, verbose=0)
+    assert classifier.evaluate(dataset, verbose=0) == pytest.approx(expected, rel=1e-5)
+    history = classifier.fit(dataset, validation_data=dataset, epochs=2, verbose=0).history
+    assert history["val_loss"][1] < history["val_loss"][0] < expected[0]
+    with pytest.raises(ValueError, match="`resume` needs lists"):
+        classifier.fit(dataset, resume=tmp_path)
+    with pytest.raises(ValueError, match="`packing` needs texts"):
+        classifier.fit(dataset, packing=True)
+    with pytest.raises(ValueError, match="`x` must come alone"):
+        classifier.fit(dataset, labels)
+    with pytest.raises(ValueError, match="`validation_split` must"):
+        classifier.fit(dataset, validation_split=0.5)
 
 
 def test_multi_label_rows_are_the_same_as_lists_and_as_an_array(make_backbone):

@@ -144,6 +144,9 @@ def test_scores_are_log_probabilities(chat_lm):
     assert len(chat_lm.score([[5] * 200])[0]["log_probs"]) == 199
     with pytest.raises(ValueError, match=r"Text 1 must fit into the context of 200 tokens\. Received: tokens=201"):
         chat_lm.score([[5, 6], [5] * 201])
+    for size in (0, -1):
+        with pytest.raises(ValueError, match="`batch_size` must be"):
+            chat_lm.score(text, batch_size=size)
 
 
 @pytest.mark.parametrize(
@@ -163,6 +166,21 @@ def test_scores_are_log_probabilities(chat_lm):
         ("a", {"top_p": 1.5}, "`top_p` must be"),
         ("a", {"num_beams": 0}, "`num_beams` must be"),
         ("a", {"num_beams": 2, "temperature": 1.0}, "does not sample"),
+        ("a", {"num_beams": 2, "top_k": 5, "top_p": 1.0}, "does not sample. Received: top_k=5"),
+        ("a", {"num_beams": 2, "min_p": 0.1, "top_p": 0.9}, "does not sample. Received: .*top_p=0.9"),
+        ("a", {"num_beams": 200}, "`num_beams` must be at most 151 with"),
+        ("a", {"num_beams": 60, "stop_token_ids": range(9)}, "`num_beams` must be at most 30 with"),
+        ("a", {"seed": -1}, "`seed` must be an integer of at least 0"),
+        ("a", {"seed": 1.5}, "`seed` must be"),
+        ("a", {"max_length": 1}, "`max_length` must be an integer above"),
+        ("a", {"max_length": 9.5}, "`max_length` must be"),
+        ("a", {"max_length": 201}, "at most the context of 200"),
+        ("a", {"max_length": 9, "max_new_tokens": 3}, "say the same"),
+        ("a", {"stop_token_ids": 5}, "`stop_token_ids` must be"),
+        ("a", {"stop_token_ids": "end"}, "`stop_token_ids` must be"),
+        ("a", {"batch_size": -1}, "`batch_size` must be"),
+        ("a", {"stream": -1}, "`stream` must be"),
+        ("a", {"stream": 2.5}, "`stream` must be"),
         ("a", {"stop": [2.5]}, "`stop` must be"),
         ("a", {"stop": ""}, "`stop` must be"),
         ([[5, 6]], {"stop": "x"}, "need prompts that are strings"),

@@ -27,7 +27,7 @@ from keras_llama.backend.device import (
 from keras_llama.backend.gradients import remat, remat_cheap, silu, softmax_error, with_gradients
 from keras_llama.backend.listed import Flattened
 from keras_llama.backend.packing import copies_pay, multiply, packed
-from keras_llama.backend.streams import is_stream, stream
+from keras_llama.backend.streams import is_stream, source_of, stream
 from keras_llama.backend.updates import build_optimizer, find_weights, prepare_updates
 
 __all__ = [
@@ -67,6 +67,7 @@ __all__ = [
     "set_random_states",
     "silu",
     "softmax_error",
+    "source_of",
     "stream",
     "traced",
     "with_float32_weights",

@@ -48,10 +48,17 @@ class Compiled:
             self._call = torch.no_grad()(function)
 
     def __call__(self, *args):
-        args = keras.tree.map_structure(keras.ops.convert_to_tensor, args)
+        args = keras.tree.map_structure(_argument, args)
         if name() == "jax":
             return self._call([variable.value for variable in self._variables], *args)
         return self._call(*args)
+
+
+def _argument(value):
+    """An argument as a tensor; on torch an array without axes stays a number, for a branch on it waits for no GPU."""
+    if name() == "torch" and isinstance(value, np.ndarray) and value.ndim == 0:
+        return value.item()
+    return keras.ops.convert_to_tensor(value)
 
 
 def has_branches() -> bool:
@@ -103,7 +110,7 @@ class CompiledLoop:
     def __call__(self, state, count: int, *args):
         if name() != "torch":
             return self._compiled(state, np.int32(count), *args)
-        args = keras.tree.map_structure(keras.ops.convert_to_tensor, args)
+        args = keras.tree.map_structure(_argument, args)
         for i in range(count):
             if i % 8 == 0 and bool(self._ended(state)):
                 break

@@ -61,8 +61,13 @@ def stream(dataset: keras.utils.PyDataset) -> Any:
     return streamed
 
 
+def source_of(data: Any) -> Any:
+    """The `PyDataset` that `stream` gave in this form; `None` for a `tf.data.Dataset` of the user's own."""
+    return getattr(data, "source", None) if is_stream(data) else data
+
+
 def is_stream(data: Any) -> bool:
-    """Whether `data` is a `tf.data.Dataset`, as `stream` returns on TensorFlow."""
+    """Whether `data` is a `tf.data.Dataset`, as `stream` returns on TensorFlow, or one of the user's."""
     if name() != "tensorflow":
         return False
     import tensorflow as tf

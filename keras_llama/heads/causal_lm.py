@@ -14,7 +14,7 @@ from keras_llama import backend, dialogue
 from keras_llama.config import invalid
 from keras_llama.export.saved_model import STRINGS, Signature
 from keras_llama.heads import completion
-from keras_llama.heads.inputs import are_ids
+from keras_llama.heads.inputs import are_ids, rows_per_step
 from keras_llama.heads.language_model import LanguageModel
 from keras_llama.heads.plan import make_plan, stops
 from keras_llama.layers import register
@@ -164,6 +164,7 @@ class LlamaCausalLM(LanguageModel):
             length_penalty=length_penalty,
             seed=seed,
             stops=stops(self.stop_ids, stop, stop_token_ids),
+            stream=stream,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -171,10 +172,10 @@ class LlamaCausalLM(LanguageModel):
             repetition_penalty=repetition_penalty,
         )
         tokenizer = None if texts is None else self.preprocessor.tokenizer
-        if tokenizer is None and (stream or plan.stop_texts):
+        if tokenizer is None and (plan.stream or plan.stop_texts):
             raise invalid("`stream` and strings in `stop` need prompts that are strings.", stream=stream, stop=stop)
-        if stream:
-            pieces = completion.stream(self._loop, rows, plan, tokenizer, int(stream))
+        if plan.stream:
+            pieces = completion.stream(self._loop, rows, plan, tokenizer)
             pieces = pieces if strip_prompt else itertools.chain([texts], pieces)
             return (piece[0] for piece in pieces) if isinstance(prompts, str) else pieces
         parts = [([rows[i] for i in part.rows], part) for part in plan.parts(batch_size)]
@@ -217,6 +218,7 @@ class LlamaCausalLM(LanguageModel):
         Raises:
             ValueError: for a text of a single token, which has nothing to score, or of more than the context holds.
         """
+        batch_size = rows_per_step(batch_size)
         rows, strings = self._prompts(texts)
         context = self.backbone.config.context_length
         for i, row in enumerate(rows):

@@ -78,9 +78,9 @@ def texts(loop: TokenLoop, prompts: list[list[int]], plan: Plan, tokenizer: Any,
 
 
 def stream(
-    loop: TokenLoop, prompts: list[list[int]], plan: Plan, tokenizer: Any, chunk: int, context: tuple = ()
+    loop: TokenLoop, prompts: list[list[int]], plan: Plan, tokenizer: Any, context: tuple = ()
 ) -> Iterator[list[str]]:
-    """The completions piece by piece, `chunk` tokens at a time; a piece may be empty.
+    """The completions piece by piece, `plan.stream` tokens at a time; a piece may be empty.
 
     A beam search knows its text at the end and gives it as one piece.
     """
@@ -89,7 +89,7 @@ def stream(
         return
     completions = [Completion(tokenizer, prompt, plan.stop_ids, plan.stop_texts) for prompt in prompts]
     left = plan.max_new_tokens
-    for written, done in _chunks(loop, prompts, plan, tokenizer, context, chunk, completions):
+    for written, done in _chunks(loop, prompts, plan, tokenizer, context, plan.stream, completions):
         left -= written.shape[1]
         yield [completion.show(finished=left == 0 or bool(done.all())) for completion in completions]
 

@@ -89,14 +89,15 @@ class ConditionedModel(LanguageModel):
             self.backbone.config.context_length,
             max_new_tokens=max_new_tokens,
             stops=stops(self.stop_ids, stop, stop_token_ids),
+            stream=stream,
             **settings,
         )
         tokenizer = self.preprocessor.tokenizer if strings else None
-        if tokenizer is None and (stream or plan.stop_texts):
+        if tokenizer is None and (plan.stream or plan.stop_texts):
             raise invalid("`stream` and strings in `stop` need sources that are strings.", stream=stream, stop=stop)
-        if stream:
+        if plan.stream:
             prompts, context = self.prompts_of(sources)
-            pieces = completion.stream(self.token_loop, prompts, plan, tokenizer, int(stream), context)
+            pieces = completion.stream(self.token_loop, prompts, plan, tokenizer, context)
             return (piece[0] for piece in pieces) if alone else pieces
         plan = plan._replace(rows=tuple(sorted(plan.rows, key=lambda i: -len(sources[i]))))
         complete = completion.new_ids if tokenizer is None else completion.texts

@@ -50,7 +50,14 @@ class Inputs:
 
     def _dataset(self, x, y=None, sample_weight=None, batch_size=None, *, shuffle_seed=None, **options):
         """The user's data as a dataset of finished batches; all that is in memory is checked here."""
+        argument, packing = options.get("argument", "x"), options.get("packing", False)
+        if is_dataset(x):
+            beside = {"y": y, "sample_weight": sample_weight, "batch_size": batch_size}
+            if given := [name for name, value in beside.items() if value is not None]:
+                raise invalid(f"`{argument}` must come alone: a dataset has these in its batches.", beside=given)
         if isinstance(x, (Batches, StreamedBatches)) or backend.is_stream(x):
+            if packing and options.get("training"):
+                raise invalid("`packing` needs texts.", "The batches of a tf.data.Dataset are finished.", packing=True)
             return x  # finished already: `fit` hands its validation data to `evaluate`
         if isinstance(x, keras.utils.PyDataset):
             warn = (lambda cut: None) if self.preprocessor is None else self.preprocessor.warn_of_cut
@@ -59,20 +66,17 @@ class Inputs:
             streamed = StreamedBatches(x, prepare, warn, shuffle_seed)
             streamed.augment = self.augment if options.get("training") else None
             return backend.stream(streamed)
-        if batch_size is not None and (isinstance(batch_size, bool) or batch_size < 1):
-            raise invalid("`batch_size` must be an integer of at least 1.", batch_size=batch_size)
+        batch_size = rows_per_step(batch_size)
+        _refuse_weights_of_packed(sample_weight, packing)
         x, y = self.join(x, y)
-        packing = options.get("packing", False)
-        if packing and sample_weight is not None:
-            raise invalid("`sample_weight` must be None with `packing`: a row holds several texts.", packing=packing)
-        inputs, lengths = self._rows(x, options.get("argument", "x"), packing=packing)
+        inputs, lengths = self._rows(x, argument, packing=packing)
         batches = Batches(
             inputs,
             lengths,
             finish=lambda *batch: _without_none(self.finish_batch(*batch)),
             targets=self.check_targets(y, len(lengths), training=options.get("training", False)),
             sample_weight=row_weights(sample_weight, len(lengths)),
-            batch_size=batch_size or 32,
+            batch_size=batch_size,
             shuffle_seed=shuffle_seed,
         )
         batches.augment = self.augment if options.get("training") else None
@@ -80,6 +84,7 @@ class Inputs:
 
     def _prepare(self, x, y=None, sample_weight=None, *, cut, predicting, packing):
         """One batch of a user's `PyDataset`, tokenized and finished."""
+        _refuse_weights_of_packed(sample_weight, packing)
         x, y = self.join(x, y)
         batch, lengths = self._rows(x, predicting=predicting, packing=packing, cut=cut)
         rows = len(lengths)
@@ -184,6 +189,20 @@ class Inputs:
         return ids
 
 
+def is_dataset(x) -> bool:
+    """Whether `x` is a dataset of batches, which hold their targets and weights."""
+    return isinstance(x, keras.utils.PyDataset) or backend.is_stream(x)
+
+
+def rows_per_step(batch_size) -> int:
+    """The checked `batch_size`, 32 for `None`."""
+    if batch_size is None:
+        return 32
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1:
+        raise invalid("`batch_size` must be an integer of at least 1.", batch_size=batch_size)
+    return int(batch_size)
+
+
 def is_token_ids(x, sides=("",)) -> bool:
     """Whether `x` holds token ids: a dict with them, or, for a graph of one text, an int array (B, T)."""
     if isinstance(x, dict):
@@ -200,6 +219,11 @@ def are_ids(x) -> bool:
 
 def _without_none(batch):
     return tuple(part for part in batch if part is not None)
+
+
+def _refuse_weights_of_packed(sample_weight, packing):
+    if packing and sample_weight is not None:
+        raise invalid("`sample_weight` must be None with `packing`: a row holds several texts.", packing=packing)
 
 
 def row_weights(sample_weight, rows):

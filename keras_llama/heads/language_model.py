@@ -157,11 +157,11 @@ class LanguageModel(Task):
         own = plan.settings
 
         def generated(prompts, context, max_new_tokens, temperature, top_k, top_p, seed):
-            settings = own._replace(temperature=temperature, top_k=top_k, top_p=top_p)
+            settings = own._replace(temperature=temperature, top_k=ops.cast(top_k, "float32"), top_p=top_p)
             limits = (context_length, max_new_tokens, settings, seed)
             return continued(text, loop, prompts, *limits, context, self.stop_ids)
 
-        return generated, _SAMPLING, (plan.max_new_tokens, own.temperature, own.top_k, own.top_p, 0)
+        return generated, _SAMPLING, (plan.max_new_tokens, own.temperature, int(own.top_k), own.top_p, 0)
 
     def default_loss(self):
         return TokenCrossentropy()
@@ -175,9 +175,19 @@ class LanguageModel(Task):
     def metrics_by_name(self):
         return {"accuracy": TokenAccuracy(), "perplexity": Perplexity()}
 
+    def place_metrics(self, metrics, weighted_metrics):
+        """Those of tokens become weighted ones: Keras tells no others which tokens count."""
+        named = {metric.name: metric for metric in metrics or () if isinstance(metric, TokenMetric)}
+        if not named:
+            return metrics, weighted_metrics
+        others = [metric for metric in metrics if not isinstance(metric, TokenMetric)]
+        placed = [named.pop(getattr(metric, "name", None), metric) for metric in weighted_metrics or ()]
+        return others, [*placed, *named.values()]
+
     def choose_step(self, metrics, weighted_metrics, loss_weights=None, **_):
         known = all(isinstance(metric, TokenMetric) for metric in weighted_metrics or ())
-        self.chunked = isinstance(self.loss, TokenCrossentropy) and known and not metrics and loss_weights is None
+        # A loss of the user's own may be another one, though it is derived from this.
+        self.chunked = type(self.loss) is TokenCrossentropy and known and not metrics and loss_weights is None
         if isinstance(self.loss, TokenCrossentropy):
             weigh_steps(self.optimizer)
         for group in self._metric_groups() if self.chunked else ():

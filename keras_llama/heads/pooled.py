@@ -6,7 +6,7 @@ import keras
 import numpy as np
 
 from keras_llama.config import invalid
-from keras_llama.heads.inputs import row_weights
+from keras_llama.heads.inputs import row_weights, rows_per_step
 from keras_llama.heads.task import Task, hold_out, in_order
 
 
@@ -66,11 +66,11 @@ class PooledTask(Task):
         >>> len(history.history["loss"])
         2
         """
-        if not self.compiled:
-            raise invalid("The task must be compiled to be trained.", "Call `compile()` first.", compiled=False)
+        self.check_compiled()
+        batch_size = rows_per_step(batch_size)
         if unknown := {"resume", "packing"} & set(kwargs):
             raise invalid("`fit_head` has no such options.", "`freeze_base()` and `fit` do.", options=sorted(unknown))
-        if validation_split:
+        if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = hold_out(validation_split, x, y, sample_weight)
         parts = [self._checked(x, y, sample_weight, training=True)]
         if validation_data is not None:

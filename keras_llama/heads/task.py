@@ -14,7 +14,7 @@ from keras_llama.config import invalid
 from keras_llama.export import forward, saved_model
 from keras_llama.export.saved_model import IDS, NUMBERS, STRINGS, Signature
 from keras_llama.heads.files import Files
-from keras_llama.heads.inputs import Inputs
+from keras_llama.heads.inputs import Inputs, is_dataset, rows_per_step
 from keras_llama.resume import TrainingState
 
 
@@ -49,6 +49,10 @@ class Task(Inputs, Files):
 
     def metrics_by_name(self):
         return {}
+
+    def place_metrics(self, metrics, weighted_metrics):
+        """The two lists as Keras is to have them."""
+        return metrics, weighted_metrics
 
     def choose_step(self, metrics, weighted_metrics, **options):
         """Called at the end of `compile` with what it found and its other options."""
@@ -85,6 +89,7 @@ class Task(Inputs, Files):
             given and [named.get(m, m) if isinstance(m, str) else m for m in given]
             for given in (metrics, weighted_metrics)
         )
+        metrics, weighted_metrics = self.place_metrics(metrics, weighted_metrics)
         options = {"loss": loss, "metrics": metrics, "weighted_metrics": weighted_metrics, **kwargs}
         self.compile_options = types.MappingProxyType({**options, "jit_compile": jit_compile})  # not a dict: untracked
         self.forget_traces()  # another task on the backbone may have changed it
@@ -126,6 +131,7 @@ class Task(Inputs, Files):
         sample_weight=None,
         validation_data=None,
         validation_split=0.0,
+        validation_batch_size=None,
         shuffle=True,
         packing=False,
         initial_epoch=0,
@@ -136,12 +142,14 @@ class Task(Inputs, Files):
         """Keras' `fit` on raw texts, on token ids, or on a `keras.utils.PyDataset` of batches of either.
 
         Args:
-            x: list or array of strings; or token ids; or a `PyDataset` of (texts, targets[, weights]).
+            x: list or array of strings; or token ids; or a `PyDataset` of (texts, targets[, weights]), whose `workers`
+                are threads; or, on TensorFlow, a `tf.data.Dataset` of finished batches, which is taken as it is.
             y: targets, as the task defines them.
             batch_size: rows per step; 32 unless given.
             sample_weight: a weight per row (B,).
-            validation_data: (x, y) or (x, y, sample_weight) in the same forms, or a `PyDataset`.
-            validation_split: last share of the rows to hold out, for lists and arrays.
+            validation_data: (x, y) or (x, y, sample_weight) in the same forms, or a dataset.
+            validation_split: last share of the rows to hold out, for lists and arrays; `validation_data` goes before.
+            validation_batch_size: rows per step of `validation_data`; `batch_size` unless given.
             packing: put several texts of a language model into one row of the preprocessor's `sequence_length`, so
                 that next to no padding is computed. No text sees another, and the loss of all is the same. A batch
                 of rows then holds many texts.
@@ -153,8 +161,10 @@ class Task(Inputs, Files):
 
         Raises:
             ValueError: for a text that is empty or no string, or targets that do not fit, named by row; for a
-                state in `resume` of another model, of other data, or cut short.
+                state in `resume` of another model, of other data, or cut short; for arguments beside a dataset that
+                its batches hold; or if the task is not compiled.
         """
+        self.check_compiled()
         half = {v.dtype for v in self.trainable_variables} & {"bfloat16", "float16"}
         if half:
             warnings.warn(
@@ -163,31 +173,44 @@ class Task(Inputs, Files):
                 'Load or build the model with dtype="mixed_bfloat16" or "float32" to train it.',
                 stacklevel=2,
             )
-        if validation_split:
+        if validation_split and validation_data is None:
             (x, y, sample_weight), validation_data = hold_out(validation_split, x, y, sample_weight)
         seed = int(np.random.randint(2**31)) if shuffle else None  # from `keras.utils.set_random_seed`
         state = None if resume is None else TrainingState(resume)
         seed = seed if state is None or state.seed is None else state.seed
         data = self._dataset(x, y, sample_weight, batch_size, shuffle_seed=seed, training=True, packing=packing)
+        source = backend.source_of(data)
+        if source is None and resume is not None:
+            raise invalid("`resume` needs lists, arrays or a PyDataset, whose order it keeps.", x=type(x).__name__)
         if validation_data is not None:
             held = validation_data if isinstance(validation_data, (tuple, list)) else (validation_data,)
             x, y, sample_weight = (*held, None, None)[:3]
+            if validation_batch_size is None and not is_dataset(x):
+                validation_batch_size = batch_size
             validation_data = self._dataset(
-                x, y, sample_weight, batch_size, argument="validation_data", packing=packing
+                x, y, sample_weight, validation_batch_size, argument="validation_data", packing=packing
             )
         backend.build_optimizer(self)
-        source = data.source if backend.is_stream(data) else data
-        callbacks = list(callbacks or [])
+        callbacks = keras.tree.flatten(callbacks or [])
         if state is not None:
-            state.begin(self, seed, source.digest(), callbacks)
+            held = backend.source_of(validation_data)
+            given = {"data": source.digest(), "validation_data": None if held is None else held.digest()}
+            given["class_weight"] = sorted((kwargs.get("class_weight") or {}).items())
+            state.begin(self, seed, given, callbacks)
             initial_epoch, epochs = state.epoch, state.epoch if state.stopped else epochs
             callbacks.append(state)
-        source.start(initial_epoch)
+        if source is not None:
+            source.start(initial_epoch)
         options = {"validation_data": validation_data, "callbacks": callbacks, **kwargs}
         history = super().fit(data, epochs=epochs, initial_epoch=initial_epoch, shuffle=False, **options)
         if state is not None:
             history.epoch, history.history = list(range(state.epoch)), state.history
         return history
+
+    def check_compiled(self):
+        """Raises a `ValueError` unless the task is compiled."""
+        if not self.compiled:
+            raise invalid("The task must be compiled to be trained.", "Call `compile()` first.", compiled=False)
 
     def evaluate(self, x=None, y=None, batch_size=None, *, sample_weight=None, **kwargs):
         """Keras' `evaluate` on what `fit` takes."""
@@ -196,7 +219,7 @@ class Task(Inputs, Files):
     def predict(self, x, batch_size=None, **kwargs):
         """Logits, float32, a row for each text or row of token ids, in their order."""
         if isinstance(x, keras.utils.PyDataset):
-            return super().predict(self._dataset(x, predicting=True), **kwargs)
+            return super().predict(self._dataset(x, batch_size=batch_size, predicting=True), **kwargs)
         rows = self._rows(x, predicting=True, one_length=len(self.output_shape) == 3)
         return in_order(super().predict, rows, batch_size, **kwargs)
 
@@ -257,7 +280,7 @@ class Task(Inputs, Files):
 def in_order(predict, rows, batch_size=None, **kwargs):
     """What `predict` makes of rows as `_rows` gives them, in their order; it gets rows of like length together."""
     inputs, lengths = rows
-    batches = Batches(inputs, lengths, lambda inputs, *_: (inputs,), batch_size=batch_size or 32)
+    batches = Batches(inputs, lengths, lambda inputs, *_: (inputs,), batch_size=rows_per_step(batch_size))
     outputs = predict(backend.stream(batches), **kwargs)
     restored = np.empty_like(outputs)
     restored[batches.order] = outputs
@@ -266,7 +289,7 @@ def in_order(predict, rows, batch_size=None, **kwargs):
 
 def hold_out(share, x, y, sample_weight):
     """Splits the last `share` of the rows off: ((x, y, w) to train on, (x, y, w) to validate on)."""
-    if not 0 < share < 1 or isinstance(x, keras.utils.PyDataset):
+    if not 0 < share < 1 or is_dataset(x):
         raise invalid("`validation_split` must lie in (0, 1) and needs lists or arrays.", validation_split=share)
     rows = len(next(iter(x.values())) if isinstance(x, dict) else x)
     cut = rows - int(rows * share)
