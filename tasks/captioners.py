@@ -39,14 +39,13 @@ def from_preset(args):
     from keras_llama.checkpoints.presets import open_checkpoint
     from keras_llama.heads.image_captioner import encoder_file
 
-    options = {"label_smoothing": args.label_smoothing}
-    if not args.preset.endswith(".keras") and encoder_file(open_checkpoint(args.preset)) is None:
-        options["image_encoder"] = encoder(args)
-    elif args.encoder or args.image_size:
-        raise common.DataError(
-            f"--encoder and --image-size are for a new encoder: leave them out. --preset {args.preset} has its own."
-        )
-    return common.from_preset(args, keras_llama.LlamaImageCaptioner, **options)
+    own = common.is_file(args.preset) or encoder_file(open_checkpoint(args.preset)) is not None
+    if own:
+        common.kept(args, "encoder", "image_size")
+    options = {} if own else {"image_encoder": encoder(args)}
+    model = common.from_preset(args, keras_llama.LlamaImageCaptioner, **options)
+    common.settle(args, model, "label_smoothing", own=own)
+    return model
 
 
 def encoder(args):
@@ -87,6 +86,7 @@ def deliver(model, output, files):
     delivery.check_texts(model, expected, found, lambda inputs: again.predict(inputs, verbose=0), asked)
     print(f"{output / 'model.keras'}: reloaded, the same weights and captions")
     if model.adapters and model.image_encoder.trainable_weights:
+        delivery.outdated(output / "adapter")
         print("No adapter alone: the image encoder that was trained beside it is in model.keras only.")
     else:
         delivery.adapter(model, output)

@@ -108,7 +108,7 @@ def main(arguments=None):
         "--augment", nargs="*", choices=captioners.AUGMENTATIONS, default=[], help="of images in training"
     )
     flags.add_argument("--vocabulary-size", type=common.positive, default=400)
-    common.add_length(flags, 40, "tokens of a caption")
+    flags.add_argument("--sequence-length", type=common.positive, default=40, help="tokens of a caption")
     flags.add_argument("--dropout", type=common.share, default=0.0)
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.01)
     flags.add_argument("--label-smoothing", type=common.share, default=0.0)

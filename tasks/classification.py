@@ -57,7 +57,7 @@ def prepare(args):
     common.prepare_output(args, args.label_noise_report)
     common.prepare_backend(args)
     models = classifiers.built(args, texts, rows[3])
-    memory.check(models[0], args)
+    memory.check(models[0], args, best=args.validation_share > 0, trained=args.models - 1)
     return rows, models, more, parts
 
 
@@ -88,7 +88,6 @@ def run(args, models, more, parts, train_rows, validation, test_rows, labels):
     output = pathlib.Path(args.output_dir)
     plots.training(output / "training.png", histories[0])
     plots.confusion(output / "confusion.png", labels, confusion_matrix(truth, predicted, labels=labels))
-    delivery.classifier(model, output, sentences)
     accuracy, options = float(accuracy_score(truth, predicted)), {"labels": labels, "zero_division": 0}
     print(classification_report(truth, predicted, digits=4, **options))
     report = {
@@ -113,13 +112,14 @@ def run(args, models, more, parts, train_rows, validation, test_rows, labels):
         f"{report['macro_f1']:.4f}; TF-IDF of character n-grams + LinearSVC on the same split: "
         f"{report['baseline_accuracy']:.4f}"
     )
+    delivery.classifier(model, output, sentences)
 
 
 def parser(task="classification", description=__doc__):
     """The flags of this recipe, which a search over them takes, too."""
     flags = common.parser(task, description, size="tiny", epochs=3, batch_size=128, learning_rate=2e-3)
     flags.add_argument("--vocabulary-size", type=common.positive, default=8000)
-    common.add_length(flags, 128, "tokens; longer texts are cut")
+    flags.add_argument("--sequence-length", type=common.positive, default=128, help="tokens; longer texts are cut")
     flags.add_argument(
         "--ngram-count",
         type=common.natural,

@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 
-from tasks import common
+from tasks import common, memory
 
 
 def build(args, texts, labels, number=0):
@@ -15,7 +15,7 @@ def build(args, texts, labels, number=0):
 
     if args.preset:
         options = {"dropout": args.head_dropout}
-        if args.preset.endswith(".keras") or open_checkpoint(args.preset).head != keras_llama.LlamaTextClassifier.head:
+        if common.is_file(args.preset) or open_checkpoint(args.preset).head != keras_llama.LlamaTextClassifier.head:
             options |= {"labels": labels, "pooling": "mean"}  # of a head that is new
         model = common.from_preset(args, keras_llama.LlamaTextClassifier, **options)
         if sorted(model.labels or []) != labels:
@@ -67,6 +67,7 @@ def pretrain(args, models, texts, more):
     tokenizer = models[0].preprocessor.tokenizer
     preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length, add_eos=True)
     lm = keras_llama.LlamaCausalLM(backbone(args, models[0].preprocessor, texts, causal=True), preprocessor)
+    memory.check(lm, args)
     lm.compile(**common.compile_options(lm, args, len(texts + more), args.pretrain_epochs))
     common.fit(args, lm, "pretraining", texts + more, batch_size=args.batch_size, epochs=args.pretrain_epochs)
     learned = {weight.path: keras.ops.convert_to_numpy(weight) for weight in lm.backbone.weights}

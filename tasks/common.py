@@ -16,15 +16,31 @@ JIT: dict[str, bool | str] = {"on": True, "off": False, "auto": "auto"}
 OPTIMIZERS = ("adamw", "muon")
 TRAINABLE = ("all", "lora", "head")
 SPLIT_SEED = 0  # the split never changes with --seed, so that scores can be compared
+# Flags of which --preset has its own: any preset, and a .keras file, which is taken as it was saved.
+OF_SCRATCH = (
+    "size", "vocabulary_size", "ngram_count", "split_ideographs", "tokenizer", "tied", "encoder_layers", "dropout",
+    "embedding_dropout",
+)  # fmt: skip
+OF_CHECKPOINTS = ("preset_layers", "precision", "head_dropout")
 
 
 class DataError(ValueError):
     """Bad data or a bad argument; a recipe prints it and leaves with exit code 2."""
 
 
-def parser(task: str, description: str, files: str | None = None, **defaults: Any) -> argparse.ArgumentParser:
+class Flags(argparse.ArgumentParser):
+    """A parser whose result names in `asked` the flags that the command line has, whatever their values."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found = super().parse_args(args, namespace)
+        given = super().parse_args(args, argparse.Namespace(**dict.fromkeys(vars(found))))  # which takes no defaults
+        found.asked = [name for name, value in vars(given).items() if value is not None]
+        return found
+
+
+def parser(task: str, description: str, files: str | None = None, **defaults: Any) -> Flags:
     """The flags that every recipe takes; with `files="+"` data may be several files."""
-    flags = argparse.ArgumentParser(prog=f"python -m tasks.{task}", description=description)
+    flags = Flags(prog=f"python -m tasks.{task}", description=description)
     flags.add_argument("--data", nargs=files, help="training data; see the formats in docs/tasks.md")
     flags.add_argument("--test-data", nargs=files, help="test data; without it, a share of the data by distinct text")
     flags.add_argument("--preset", help="start from a saved .keras model or a checkpoint instead of from scratch")
@@ -56,16 +72,9 @@ def positive(text: str) -> int:
     return value
 
 
-class _Default(int):
-    """A number that nobody asked for, and multiples of it."""
-
-    def __mul__(self, factor: int) -> "_Default":
-        return _Default(int(self) * factor)
-
-
-def add_length(flags: argparse.ArgumentParser, tokens: int, told: str) -> None:
-    """The flag --sequence-length, whose default gives way to the context of --preset; what is asked for does not."""
-    flags.add_argument("--sequence-length", type=positive, default=_Default(tokens), help=told)
+def flag(name: str) -> str:
+    """A flag as it is written: `preset_layers` -> `--preset-layers`."""
+    return f"--{name.replace('_', '-')}"
 
 
 def natural(text: str) -> int:
@@ -122,10 +131,13 @@ def prepare_backend(args: argparse.Namespace) -> None:
     from keras_llama import backend
 
     keras_llama.set_memory_growth()
+    if is_file(args.preset):
+        leave(args, "precision")
     if args.precision == "auto":
         args.precision = backend.fastest_precision()
+    precision = args.precision or f"the precision of {args.preset}"
     compiled = "compiled" if backend.resolve_jit(JIT[args.jit]) else "not compiled"
-    print(f"{backend.name()} on {', '.join(backend.devices())}: {args.precision}, training steps {compiled}")
+    print(f"{backend.name()} on {', '.join(backend.devices())}: {precision}, training steps {compiled}")
 
 
 def split(rows: list, held: float) -> tuple[list, list]:
@@ -175,8 +187,13 @@ def compile_options(model: Any, args: argparse.Namespace, rows: int, epochs: int
     import keras
 
     steps = (epochs or args.epochs) * -(-rows // args.batch_size)
+    warming = max(1, steps // 10)
     rate = keras.optimizers.schedules.CosineDecay(
-        0.0, decay_steps=steps, alpha=0.05, warmup_target=args.learning_rate, warmup_steps=max(1, steps // 10)
+        0.0,
+        decay_steps=max(1, steps - warming),  # counted from the end of the warm-up
+        alpha=0.05,
+        warmup_target=args.learning_rate,
+        warmup_steps=warming,
     )
     return {
         "optimizer": optimizer(args.optimizer, rate, args.weight_decay, model.head),
@@ -184,27 +201,85 @@ def compile_options(model: Any, args: argparse.Namespace, rows: int, epochs: int
     }
 
 
-def from_preset(args: argparse.Namespace, cls: Any, **options: Any) -> Any:
-    """The task of `--preset`: as a recipe saved it in a .keras file, or from a checkpoint with `options`."""
+def is_file(preset: str | None) -> bool:
+    """Whether a preset is a model in a .keras file, in place of a checkpoint."""
+    return (preset or "").endswith(".keras")
+
+
+def leave(args: argparse.Namespace, *names: str) -> None:
+    """What was not asked for of these flags is left, as `None`, as --preset has it."""
+    vars(args).update({name: None for name in names if name not in args.asked})
+
+
+def kept(args: argparse.Namespace, *names: str, why: str | None = None) -> None:
+    """Refuses what was asked for of these flags: it would change nothing. Of the others no value remains."""
+    if asked := [flag(name) for name in names if name in args.asked]:
+        raise DataError(f"Leave out {', '.join(asked)}: {why or f'--preset {args.preset} has its own'}.")
+    leave(args, *(name for name in names if name in vars(args)))
+
+
+def settle(args: argparse.Namespace, model: Any, *names: str, own: bool = True) -> None:
+    """Makes these flags and attributes of the model one: what was asked for counts, else what the model has.
+
+    With `own=False` it has none yet, and the flags' defaults count.
+    """
+    for name in names:
+        if own and name not in args.asked:
+            setattr(args, name, getattr(model, name))
+        else:
+            setattr(model, name, getattr(args, name))
+
+
+def from_preset(args: argparse.Namespace, cls: Any, read: tuple[str, ...] = (), **options: Any) -> Any:
+    """The task of `--preset`: as a recipe saved it in a .keras file, or from a checkpoint with `options`.
+
+    What was asked for and cannot be had of it is refused, but for the flags that the recipe will `read`. What was not
+    asked for is in `args` afterwards as the model has it.
+    """
+    file = is_file(args.preset)
+    kept(args, *(name for name in (*OF_SCRATCH, *(OF_CHECKPOINTS if file else ())) if name not in read))
+    model = _saved(args, cls) if file else _opened(args, cls, options)
+    if model.preprocessor is None:
+        raise DataError(f"--preset {args.preset}: expected a model with a tokenizer.")
+    args.sequence_length = model.preprocessor.sequence_length
+    args.precision = model.dtype_policy.name
+    return model
+
+
+def _saved(args: argparse.Namespace, cls: Any) -> Any:
+    """The model of a .keras file, for texts as long as is asked for."""
     import keras
 
-    from keras_llama.checkpoints.presets import open_checkpoint
+    import keras_llama
 
-    if not args.preset.endswith(".keras"):
-        length = args.sequence_length
-        if isinstance(length, _Default):
-            length = min(length, open_checkpoint(args.preset).config.context_length or length)
-        options |= {"dtype": args.precision, "sequence_length": length}
-        return cls.from_preset(args.preset, num_layers=args.preset_layers, **options)
-    if args.preset_layers:
-        raise DataError("--preset-layers is for a checkpoint: a .keras file is taken as a whole.")
     try:
         model = keras.saving.load_model(args.preset)
     except (OSError, ValueError) as error:
         raise DataError(f"--preset {args.preset}: cannot be loaded ({error}).") from error
     if not isinstance(model, cls):
         raise DataError(f"--preset {args.preset}: expected a {cls.__name__}. Received: a {type(model).__name__}.")
+    text, context = model.preprocessor, model.backbone.config.context_length
+    if text and "sequence_length" in args.asked:
+        length = args.sequence_length
+        before = getattr(model, "prompt_tokens", 1) - 1  # in front of a text, as an image's patches
+        if context and before + length > context:
+            raise DataError(
+                f"--sequence-length must be at most the model's context of {context} tokens"
+                f"{f', {before} of them taken' if before else ''}. Received: {length}."
+            )
+        model.preprocessor = keras_llama.TextPreprocessor(text.tokenizer, length, text.add_bos, text.add_eos)
     return model
+
+
+def _opened(args: argparse.Namespace, cls: Any, options: dict[str, Any]) -> Any:
+    """The model of a checkpoint; a length that was not asked for gives way to its context."""
+    from keras_llama.checkpoints.presets import open_checkpoint
+
+    length = args.sequence_length
+    if length and "sequence_length" not in args.asked:
+        length = min(length, open_checkpoint(args.preset).config.context_length or length)
+    options |= {"dtype": args.precision, "sequence_length": length, "num_layers": args.preset_layers}
+    return cls.from_preset(args.preset, **options)
 
 
 @contextlib.contextmanager
@@ -241,13 +316,17 @@ def choose_trainable(model: Any, args: argparse.Namespace) -> None:
         raise DataError(f"--trainable {args.trainable} needs --preset: it trains little of a model trained before.")
     if args.preset_layers and not args.preset:
         raise DataError("--preset-layers needs --preset: blocks of a model trained before. See --size for a new one.")
-    if args.trainable != "lora" and (model.adapters or model.quantized):
-        raise DataError(f"--preset {args.preset}: is adapted or quantised, which --trainable lora alone goes on with.")
+    if args.trainable != "lora":
+        if model.adapters or model.quantized:
+            raise DataError(f"--preset {args.preset}: is adapted or quantised, which takes --trainable lora.")
+        kept(args, "lora_rank", "lora_targets", why=f"--trainable {args.trainable} has no adapters")
     if args.trainable == "head":
         model.freeze_base()
     elif args.trainable == "all":
         model.unfreeze_base()
-    elif not model.adapters:  # else the preset's own go on
+    elif not model.adapters:
         model.enable_lora(args.lora_rank, targets=args.lora_targets)
     elif model.active_adapter is None:
         raise DataError(f"--preset {args.preset}: has {[*model.adapters]}, none in use. Save it after `set_adapter`.")
+    else:  # which goes on
+        kept(args, "lora_rank", "lora_targets")

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,9 +16,11 @@ def adapter(model: Any, output: pathlib.Path) -> None:
     """The adapter of a model that has one, as PEFT reads it."""
     import keras_llama
 
-    if model.adapters:
-        keras_llama.save_checkpoint(model, output / "adapter", format="peft", overwrite=True)
-        print(f"{output / 'adapter'}: the adapter alone, for `load_adapter` and PEFT")
+    if not model.adapters:
+        outdated(output / "adapter")
+        return
+    keras_llama.save_checkpoint(model, output / "adapter", format="peft", overwrite=True)
+    print(f"{output / 'adapter'}: the adapter alone, for `load_adapter` and PEFT")
 
 
 def preset(lm: Any, output: pathlib.Path) -> None:
@@ -25,11 +28,20 @@ def preset(lm: Any, output: pathlib.Path) -> None:
     adapter(lm, output)
     if lm.quantized:
         lm.save(output / "model.keras")
+        outdated(output / "preset")
+        print(f"{output / 'model.keras'}: saved for --preset and Keras")
         return
     if lm.adapters:
         lm.merge_lora()
     lm.save_to_preset(output / "preset", overwrite=True)
     print(f"{output / 'preset'}: saved for `from_preset`, Transformers and `keras-llama convert`")
+
+
+def outdated(folder: pathlib.Path) -> None:
+    """Takes away what a former run delivered and this one does not, so that no one takes it for this model's."""
+    if folder.is_dir():
+        shutil.rmtree(folder)
+        print(f"{folder}: of another model, removed")
 
 
 def reloaded(model: Any, output: pathlib.Path) -> Any:
@@ -77,25 +89,34 @@ def check_texts(
 
 def classifier(model: Any, output: pathlib.Path, sentences: list[str]) -> None:
     """Saves, reloads, exports and serves the model, and raises if any of them answers otherwise."""
-    logits = model.predict(sentences, verbose=0)
+    expected = _probabilities(model, sentences)
     again = reloaded(model, output)
-    # TensorFlow may round otherwise in another trace of one graph, of the same model, too.
-    if _difference(model, logits, again.probabilities(again.predict(sentences, verbose=0))) > 1e-4:
+    if np.abs(_probabilities(again, sentences) - expected).max() > tolerance(model):
         raise RuntimeError("The reloaded model answers otherwise.")
     print(f"{output / 'model.keras'}: reloaded, the same weights and predictions")
     adapter(model, output)
     answer = exported(model, output / "saved_model", sentences)
     if answer is None:
         return
-    difference = _difference(model, logits, answer["probabilities"])
-    if answer["labels"] != [row["label"] for row in model.classify(sentences)] or difference > 1e-4:
+    found = np.asarray(answer["probabilities"])
+    difference = np.abs(found - expected).max()
+    if answer["labels"] != [model.labels[i] for i in found.argmax(axis=1)] or difference > tolerance(model):
         raise RuntimeError(f"The exported model answers otherwise: {answer}.")
     print(f"{output / 'saved_model'}: served by a fresh process, probabilities within {difference:.0e}")
 
 
-def _difference(model: Any, logits: np.ndarray, probabilities: Any) -> float:
-    expected, found = (np.asarray(values) for values in (model.probabilities(logits), probabilities))
-    return float(np.abs(found - expected).max())
+def _probabilities(model: Any, sentences: list[str]) -> np.ndarray:
+    import keras
+
+    return keras.ops.convert_to_numpy(model.probabilities(model.predict(sentences, verbose=0)))
+
+
+def tolerance(model: Any) -> float:
+    """How far probabilities of a model may be apart when another program, or another backend, rounds the same sums.
+
+    A classifier of size "small" on torch and its SavedModel, untrained: 0.011 in bfloat16, 0.002 in float16.
+    """
+    return {"float32": 1e-4, "float16": 1e-2}.get(model.compute_dtype, 5e-2)
 
 
 Asked = list[str] | dict[str, list]  # texts, by name where a model takes more than one

@@ -12,7 +12,7 @@ class Folds:
     """Rows in --folds parts; equal texts stay together, and each part has its share of every label."""
 
     def __init__(self, args, rows, labels, more=()):
-        if (args.preset or "").endswith(".keras"):
+        if args.preset and _may_know_rows(args.preset):
             raise common.DataError(f"--preset {args.preset}: may have been trained on the rows that it would be asked.")
         self.args, self.rows, self.labels, self.more = args, rows, labels, list(more)
         self.held = split(rows, labels, args.folds)
@@ -38,8 +38,8 @@ class Folds:
     def _by_a_head(self, args, train, validation, asked):
         import keras
 
+        base, vectors = self._base  # which draws random weights when it is asked for first
         keras.utils.set_random_seed(args.seed)
-        base, vectors = self._base
         train, validation, asked = (
             [(vectors[text], *others) for text, *others in part] for part in (train, validation, asked)
         )
@@ -54,6 +54,16 @@ class Folds:
         base = classifiers.build(self.args, [], self.labels)
         texts = sorted({text for text, *_ in self.rows})
         return base, dict(zip(texts, base.features(texts), strict=True))
+
+
+def _may_know_rows(preset):
+    """Whether a preset was trained on labels: which rows it saw is not told."""
+    if common.is_file(preset):
+        return True
+    from keras_llama import LlamaTextClassifier
+    from keras_llama.checkpoints.presets import open_checkpoint
+
+    return open_checkpoint(preset).head == LlamaTextClassifier.head
 
 
 def split(rows, labels, count):

@@ -34,11 +34,9 @@ def load(args):
 
 
 def build(args, texts):
-    """The checkpoint of --preset, or a new model over a vocabulary learned from the training texts."""
+    """The model of --preset, or a new one over a vocabulary learned from the training texts."""
     import keras_llama
 
-    if not texts:
-        return keras_llama.LlamaCausalLM.from_preset(args.preset or PRESET, dtype=args.dtype)
     if args.preset:
         return common.from_preset(args, keras_llama.LlamaCausalLM)
     if not isinstance(texts[0], str):
@@ -68,7 +66,7 @@ def preview(lm, rows):
 
 
 def train(lm, args, rows, validation, test):
-    """Fits, keeps the best epoch, saves the folder; returns what the report says of it."""
+    """Fits and keeps the best epoch; returns what the report says of it."""
     import keras
 
     lm.compile(**common.compile_options(lm, args, lm.count_rows(rows, packing=args.packing)))
@@ -79,10 +77,8 @@ def train(lm, args, rows, validation, test):
     with common.profiled(args) as profile:
         history = lm.fit(rows, callbacks=[*stop, *profile], **options, **held).history
     seconds = time.perf_counter() - started
-    output = pathlib.Path(args.output_dir)
-    plots.training(output / "training.png", history)
+    plots.training(pathlib.Path(args.output_dir, "training.png"), history)
     perplexity = lm.evaluate(test, batch_size=args.batch_size, return_dict=True)["perplexity"]
-    delivery.preset(lm, output)
     return {
         "rows": {"train": len(rows), "validation": len(validation), "test": len(test)},
         "train_seconds": round(seconds, 1),
@@ -117,15 +113,19 @@ def told(pieces):
 def run(args, lm, parts, prompts, waiting):
     import keras
 
+    output = pathlib.Path(args.output_dir)
+    path = args.report or output / "metrics.json"
     report = {"task": "generation", "backend": keras.config.backend(), "parameters": lm.count_params()}
+    report["settings"] = vars(args)
     if parts:
         report |= train(lm, args, *parts)
         print(f"test perplexity {report['perplexity']:.3f}")
+        common.write_report(path, report)  # whatever comes of the rest
+        delivery.preset(lm, output)
     report["generated"] = [
         {"prompt": prompt, "text": told(pieces)} for prompt, pieces in zip(prompts, waiting, strict=True)
     ]
-    report["settings"] = vars(args)
-    common.write_report(args.report or pathlib.Path(args.output_dir) / "metrics.json", report)
+    common.write_report(path, report)
 
 
 def main(arguments=None):
@@ -133,9 +133,8 @@ def main(arguments=None):
     flags.add_argument("--prompt", action="append", default=[], help="a text to continue; may be repeated")
     flags.add_argument("--prompts", help="a file of prompts, one a line")
     flags.add_argument("--template", help='a text of the fields of .json and .jsonl files, as "{title}\\n{content}"')
-    flags.add_argument("--dtype", help="without --data: of the weights; default: what they were saved in")
     flags.add_argument("--vocabulary-size", type=common.positive, default=4000)
-    common.add_length(flags, 512, "tokens; longer texts are cut")
+    flags.add_argument("--sequence-length", type=common.positive, default=512, help="tokens; longer texts are cut")
     flags.add_argument(
         "--packing",
         action=argparse.BooleanOptionalAction,
@@ -168,6 +167,9 @@ def main(arguments=None):
         import keras
 
         common.prepare_output(args)
+        if not parts:  # the model is asked as it is
+            args.preset = args.preset or PRESET
+            common.leave(args, "precision", "sequence_length")
         common.prepare_backend(args)
         keras.utils.set_random_seed(args.seed)
         lm = build(args, parts[0] if parts else [])
@@ -175,7 +177,7 @@ def main(arguments=None):
             return preview(lm, parts[0][:3])
         if parts:
             common.choose_trainable(lm, args)
-            memory.check(lm, args)
+            memory.check(lm, args, best=args.validation_share > 0)
         waiting = answers(lm, args, prompts)
     except ValueError as error:
         flags.error(str(error))

@@ -11,13 +11,15 @@ def add_flag(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--force", action="store_true", help="train even if memory is estimated not to suffice")
 
 
-def check(model: Any, args: argparse.Namespace, free: int | None = None) -> None:
+def check(model: Any, args: argparse.Namespace, free: int | None = None, best: bool = False, trained: int = 0) -> None:
     """Prints what training will take; raises a `DataError` with the largest batch size that fits if this one does not.
 
     Args:
         model: as it will be trained.
         args: the recipe's.
         free: bytes that are free; asked of the machine unless given. Nothing is refused where it does not tell.
+        best: whether the weights of the best epoch are kept, as `EarlyStopping` does.
+        trained: models like this one that are trained before, each of which keeps its optimiser's state.
     """
     import keras_llama
     from keras_llama import backend
@@ -25,18 +27,26 @@ def check(model: Any, args: argparse.Namespace, free: int | None = None) -> None
     optimizer = common.optimizer(args.optimizer, args.learning_rate, args.weight_decay, model.head)
     free = backend.free_memory() if free is None else free
 
-    def needed(rows):
-        estimate = keras_llama.estimate_memory(model, rows, model.preprocessor.sequence_length, optimizer)
-        return estimate, estimate.peak - estimate.weights  # the weights are there already
+    def estimated(rows):
+        return keras_llama.estimate_memory(model, rows, model.preprocessor.sequence_length, optimizer)
 
-    estimate, more = needed(args.batch_size)
-    print(f"Memory of training, estimated: {estimate}")
+    estimate = estimated(args.batch_size)
+    held = trained * estimate.optimizer
+    if best and not backend.has_gpu():  # beside one they are in the machine's memory
+        held += estimate.weights
+
+    def needed(estimate):
+        return estimate.peak - estimate.weights + held  # the weights are there already
+
+    more = needed(estimate)
+    beside = f"; beside it {held / 2**20:.0f} MiB of the best epoch and of models trained before" if held else ""
+    print(f"Memory of training, estimated: {estimate}{beside}")
     if args.force or free is None or more <= free:
         return
     fitting, too_many = 0, args.batch_size
     while too_many - fitting > 1:
         rows = (fitting + too_many) // 2
-        fitting, too_many = (rows, too_many) if needed(rows)[1] <= free else (fitting, rows)
+        fitting, too_many = (rows, too_many) if needed(estimated(rows)) <= free else (fitting, rows)
     hint = f"--batch-size {fitting} fits" if fitting else "Not even --batch-size 1 fits: take a smaller --size, or LoRA"
     raise common.DataError(
         f"--batch-size {args.batch_size}: training would take {more / 2**30:.2f} GiB beside the weights, and "

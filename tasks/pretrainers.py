@@ -158,13 +158,9 @@ def build(args, source):
 
     That is told by the vocabulary: its files, or what one is to be learned by.
     """
-    lm, files = None, given(args)
     told = {name: getattr(args, name) for name in ("vocabulary_size", "split_ideographs")}
-    if args.preset:
-        lm = common.from_preset(args, keras_llama.LlamaCausalLM)
-        if lm.preprocessor is None:
-            raise common.DataError(f"--preset {args.preset}: expected a checkpoint with a tokenizer.")
-        files = lm.preprocessor.tokenizer.files
+    lm = common.from_preset(args, keras_llama.LlamaCausalLM) if args.preset else None
+    files = lm.preprocessor.tokenizer.files if lm else given(args)
     if files:
         told = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         told["begin"] = lm and lm.preprocessor.begin

@@ -22,8 +22,6 @@ def prepare(args):
     """The model and what to train and validate it on; all that can be wrong with data and arguments is told here."""
     if not args.data:
         raise common.DataError("Expected --data: text files, folders of them, .json or .jsonl files. Received: none.")
-    if args.preset and args.tokenizer:
-        raise common.DataError("--tokenizer is for a model from scratch; --preset has its own.")
     if args.tensorboard and importlib.util.find_spec("tensorboard") is None:
         raise common.DataError("--tensorboard needs TensorBoard: pip install tensorboard.")
     paths = (corpus.files(args.data), corpus.files(args.test_data or []))
@@ -87,7 +85,6 @@ def run(args, lm, sides, folder):
     measured = held.measured(lm) if held else {}
     output = pathlib.Path(args.output_dir)
     plots.training(output / "training.png", history)
-    delivery.preset(lm, output)
     report = {
         "task": "pretraining",
         "backend": keras.config.backend(),
@@ -104,6 +101,7 @@ def run(args, lm, sides, folder):
     if measured:
         print(f"validation perplexity {measured['perplexity']:.3f}, bits per byte {measured['bits_per_byte']:.4f}")
     common.write_report(args.report or output / "metrics.json", report)
+    delivery.preset(lm, output)
 
 
 def parser():
@@ -115,7 +113,7 @@ def parser():
     flags.add_argument("--tokenizer", help="a checkpoint's, tokenizer.json or .model; default: learned from --data")
     flags.add_argument("--vocabulary-size", type=common.positive, default=4000)
     flags.add_argument("--split-ideographs", action="store_true", help="Chinese characters are tokens of their own")
-    common.add_length(flags, 256, "tokens of a row")
+    flags.add_argument("--sequence-length", type=common.positive, default=256, help="tokens of a row")
     flags.add_argument("--tied", action="store_true", help="the head is the embedding, which has fewer weights")
     flags.add_argument("--dropout", type=common.share, default=0.0)
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.1)

@@ -98,10 +98,10 @@ def parser():
     flags = common.parser("question_answering", __doc__, size="tiny", epochs=20, batch_size=32, learning_rate=2e-3)
     flags.add_argument("--mode", choices=readers.MODES, default=readers.MODES[0])
     flags.add_argument("--vocabulary-size", type=common.positive, default=8000)
-    # Without a default: what --preset was saved with stays.
-    flags.add_argument("--sequence-length", type=common.positive, help="tokens of a window, or of prompt and answer")
-    flags.add_argument("--stride", type=common.natural, help="tokens that two windows share")
-    flags.add_argument("--max-answer-length", type=common.positive, help="tokens")
+    # What --preset was saved with stays, unless it is asked for.
+    flags.add_argument("--sequence-length", type=common.positive, default=384, help="of a window, or prompt and answer")
+    flags.add_argument("--stride", type=common.natural, default=96, help="tokens that two windows share")
+    flags.add_argument("--max-answer-length", type=common.positive, default=48, help="tokens")
     flags.add_argument("--no-answer-threshold", type=float, help="where some have no answer")
     flags.add_argument("--retrieve", type=common.positive, default=1, help="passages in a prompt; generative only")
     flags.add_argument("--dropout", type=common.share, default=0.1)
@@ -132,7 +132,7 @@ def main(arguments=None):
         model = readers.build(args, *parts[:2])
         if trains:
             common.choose_trainable(model, args)
-            memory.check(model, args)
+            memory.check(model, args, best=True)
     except ValueError as error:
         flags.error(str(error))
     if trains or not args.interactive:

@@ -109,7 +109,7 @@ def main(arguments=None):
     flags.add_argument("--architecture", choices=translators.ARCHITECTURES, default=translators.ARCHITECTURES[0])
     flags.add_argument("--encoder-layers", type=common.positive, help="default: as many as the size says")
     flags.add_argument("--vocabulary-size", type=common.positive, default=4000, help="of both languages together")
-    common.add_length(flags, 64, "tokens of a source and of a target")
+    flags.add_argument("--sequence-length", type=common.positive, default=64, help="tokens of a source and of a target")
     flags.add_argument("--dropout", type=common.share, default=0.1)
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.05)
     flags.add_argument("--label-smoothing", type=common.share, default=0.1, help="encoder-decoder only")
@@ -137,7 +137,7 @@ def main(arguments=None):
         if trains:
             common.choose_trainable(model, args)
             if args.architecture != translators.ARCHITECTURES[0]:  # what that takes is not estimated
-                memory.check(model, args)
+                memory.check(model, args, best=True)
     except ValueError as error:
         flags.error(str(error))
     if trains:

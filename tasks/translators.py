@@ -46,15 +46,16 @@ def from_preset(args, cls):
     import keras_llama
     from keras_llama.checkpoints.presets import open_checkpoint
 
-    if args.encoder_layers:
-        raise common.DataError("--encoder-layers is for a model from scratch; --preset has as many as it has.")
     decoder = keras_llama.LlamaCausalLM
     if cls is decoder:
         args.sequence_length *= 2  # source and target in one
-    if cls is decoder or args.preset.endswith(".keras") or hasattr(open_checkpoint(args.preset).config, "encoder"):
         return common.from_preset(args, cls)
+    if common.is_file(args.preset) or hasattr(open_checkpoint(args.preset).config, "encoder"):
+        model = common.from_preset(args, cls)
+        common.settle(args, model, "label_smoothing")
+        return model
     options = {"dropout": args.dropout, "label_smoothing": args.label_smoothing}
-    return cls.from_decoder(common.from_preset(args, decoder), **options)
+    return cls.from_decoder(common.from_preset(args, decoder, read=("dropout",)), **options)
 
 
 def fit_arguments(model, rows):

@@ -16,6 +16,7 @@ from tasks import classification, classifiers, common, folds, memory
 
 SEARCHES = ("random", "bayesian")
 OTHERS = ("resume", "tensorboard", "profile", "label_noise_report")  # of one training
+OWN = ("trials", "search", "folds", "output_dir", "report")  # of a search
 
 
 def prepare(args):
@@ -23,7 +24,7 @@ def prepare(args):
     train, validation, _, labels = classification.load(args)
     for name in OTHERS:
         if getattr(args, name):
-            raise common.DataError(f"--{name.replace('_', '-')} is for one training, by tasks.classification.")
+            raise common.DataError(f"{common.flag(name)} is for one training, by tasks.classification.")
     if importlib.util.find_spec("keras_tuner") is None:
         raise common.DataError("tasks.tune needs keras-tuner: pip install keras-tuner.")
     more = classification.unlabelled(args)
@@ -33,7 +34,7 @@ def prepare(args):
     common.prepare_output(args)
     common.prepare_backend(args)
     first, *_ = classifiers.built(args, [text for text, *_ in parts.rows], labels)  # refuses bad flags now
-    memory.check(first, args)
+    memory.check(first, args, best=args.validation_share > 0, trained=args.models - 1)
     project = f"search_{_digest(args, parts)}"
     try:
         return tuners.CrossValidation(args, parts, project)
@@ -44,21 +45,19 @@ def prepare(args):
 
 def _digest(args, parts):
     """Names what all trials of a search have in common, so that none of another search counts."""
-    places = ("data", "test_data", "pretrain_data", "output_dir", "report", "trials", "force")
+    places = ("data", "test_data", "pretrain_data", "output_dir", "report", "trials", "force", "asked")
     common_settings = {name: value for name, value in vars(args).items() if name not in places}
     known = json.dumps([common_settings, [row[:2] for row in parts.rows], parts.more], sort_keys=True)
     return hashlib.sha256(known.encode()).hexdigest()[:8]
 
 
 def command(args, best):
-    """The command line of the recipe with the best hyper-parameters."""
-    chosen = {**vars(args), **best}
+    """The command line of the recipe with what was asked for, and the best hyper-parameters."""
     words = ["python", "-m", "tasks.classification"]
-    for name, default in vars(classification.parser().parse_args([])).items():
-        value = chosen[name]
-        if value == default or name in ("output_dir", "report", "folds"):
-            continue
-        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    for name, value in {**vars(args), **best}.items():
+        if name in best or (name in args.asked and name not in OWN):
+            values = value if isinstance(value, list) else [value]
+            words += [common.flag(name), *([] if value is True else map(str, values))]
     return shlex.join(words)
 
 

@@ -79,7 +79,7 @@ def hyperparameters(args):
     space = keras_tuner.HyperParameters()
     rate = args.learning_rate
     space.Float("learning_rate", rate / 8, rate * 8, sampling="log", default=rate)
-    dropouts = ("dropout",) if args.preset else ("embedding_dropout", "head_dropout")
+    dropouts = ("head_dropout",) if args.preset else ("embedding_dropout", "head_dropout")
     for name, high in (*((name, 0.8) for name in dropouts), ("weight_decay", 1.0), ("label_smoothing", 0.2)):
         given = getattr(args, name)
         space.Float(name, 0.0, max(high, given), default=given)

@@ -103,7 +103,7 @@ def captioner():
 def flags(preset, **changes):
     given = {"encoder": None, "image_size": None, "freeze_encoder": False, "label_smoothing": 0.0}
     given |= {"precision": "float32", "sequence_length": 16, "preset": str(preset), "preset_layers": None}
-    return argparse.Namespace(**given | changes)
+    return argparse.Namespace(**given | changes, asked=[*changes])
 
 
 @pytest.mark.parametrize("form", ["model.keras", "preset", "hf://me/captioner"])
@@ -118,8 +118,8 @@ def test_a_saved_captioner_keeps_its_encoder(tmp_path, monkeypatch, form):
         assert np.array_equal(mine, theirs)
     assert not again.image_encoder.trainable_weights
     assert captioners.build(flags(place), []).image_encoder.trainable_weights
-    for change in ({"encoder": "vit"}, {"image_size": 32}):
-        with pytest.raises(common.DataError, match=r"leave them out.*has its own"):
+    for change, name in (({"encoder": "vit"}, "encoder"), ({"image_size": 32}, "image-size")):
+        with pytest.raises(common.DataError, match=rf"Leave out --{name}: .*has its own"):
             captioners.build(flags(place, **change), [])
 
 

@@ -30,9 +30,13 @@ def test_the_precision_of_a_cpu_is_bfloat16_if_it_multiplies_that(monkeypatch, f
 
 def test_a_recipe_says_on_what_and_how_it_trains(monkeypatch, capsys):
     monkeypatch.setattr(backend, "fastest_precision", lambda: "mixed_float16")
-    for precision, expected in (("auto", "mixed_float16"), ("float32", "float32")):
-        args = argparse.Namespace(precision=precision, jit="auto")
+    compiled = "compiled" if backend.resolve_jit("auto") else "not compiled"
+    for precision, preset, expected in (
+        ("auto", None, "mixed_float16"),
+        ("float32", "folder", "float32"),
+        ("float32", "a.keras", "the precision of a.keras"),
+    ):
+        args = argparse.Namespace(precision=precision, jit="auto", preset=preset, asked=[])
         common.prepare_backend(args)
-        assert args.precision == expected
-        compiled = "compiled" if backend.resolve_jit("auto") else "not compiled"
+        assert args.precision == (None if preset == "a.keras" else expected)
         assert f": {expected}, training steps {compiled}\n" in capsys.readouterr().out

@@ -84,6 +84,32 @@ def test_lora_leaves_an_adapter_and_a_merged_checkpoint(dialogues, chat_lm, tmp_
 
 
 @pytest.mark.plain
+def test_a_quantised_base_is_delivered_and_opened_again(dialogues, chat_lm, tmp_path, monkeypatch):
+    output, written = tmp_path / "out", []
+    for folder in ("preset", "adapter"):  # of a run before
+        (output / folder).mkdir(parents=True)
+    chat_lm.quantize("int8")
+    chat_lm.save(tmp_path / "int8.keras")
+    flags = ["--data", dialogues, "--preset", tmp_path / "int8.keras", "--trainable", "lora", "--lora-rank", "2"]
+    flags += ["--output-dir", output]
+    deliver = delivery.preset
+    monkeypatch.setattr(generation, "train", lambda *_: {"perplexity": 1.0})
+    monkeypatch.setattr(
+        delivery, "preset", lambda *given: written.append((output / "metrics.json").exists()) or deliver(*given)
+    )
+    generation.main([str(flag) for flag in flags])
+    assert written == [True]  # what a delivery that fails would not take along
+    assert sorted(path.name for path in output.iterdir()) == ["adapter", "metrics.json", "model.keras"]
+    assert (output / "adapter" / "adapter_config.json").exists()
+    asked = ["--preset", output / "model.keras", "--prompt", "a good", "--max-new-tokens", "3", "--temperature", "0"]
+    generation.main([str(flag) for flag in [*asked, "--output-dir", tmp_path / "asked"]])
+    report = json.loads((tmp_path / "asked" / "metrics.json").read_text())
+    trained = keras.saving.load_model(output / "model.keras")
+    assert report["generated"][0]["text"] == trained.generate("a good", 3, temperature=0)
+    assert report["settings"]["sequence_length"] == 64
+
+
+@pytest.mark.plain
 def test_preview_shows_what_is_learned_and_trains_nothing(dialogues, chat_lm, tmp_path, capsys):
     chat_lm.save_to_preset(tmp_path / "preset")
     flags = ["--data", dialogues, "--preset", tmp_path / "preset", "--output-dir", tmp_path / "out"]
@@ -102,12 +128,12 @@ def test_preview_shows_what_is_learned_and_trains_nothing(dialogues, chat_lm, tm
 def test_the_schedule_ends_with_the_training(dialogues, chat_lm, tmp_path, packing, monkeypatch):
     """Packed rows are fewer, and so are the steps."""
     steps = []
-    deliver = delivery.preset
 
     def watched(lm, output):
         steps.append(int(keras.ops.convert_to_numpy(lm.optimizer.iterations)))
-        assert lm.optimizer.get_config()["learning_rate"]["config"]["decay_steps"] == steps[0]
-        deliver(lm, output)
+        schedule = lm.optimizer._learning_rate
+        last, end, behind = (float(schedule(steps[0] + more)) for more in (-1, 0, 1))
+        assert last > end == behind == pytest.approx(0.05 * 0.001)
 
     monkeypatch.setattr(delivery, "preset", watched)
     chat_lm.save_to_preset(tmp_path / "preset")
@@ -170,6 +196,7 @@ def test_prompts_alone_need_no_data(chat_lm, tmp_path, capsys):
     wanted = chat_lm.generate("what is", 6, num_beams=2)
     assert report["generated"] == [{"prompt": "what is", "text": wanted}]
     assert "perplexity" not in report
+    assert (report["settings"]["precision"], report["settings"]["sequence_length"]) == ("float32", 64)
 
 
 def test_formats(tmp_path):

@@ -5,11 +5,13 @@ import csv
 import numpy as np
 import pytest
 
+import keras_llama
 from tasks import classification, classifiers, common, folds, label_noise
 
 WORDS = {"sport": ["ball", "team", "goal", "match"], "tech": ["chip", "code", "robot", "data"]}
 LABELS = sorted(WORDS)
-FAST = ["--vocabulary-size", "330", "--sequence-length", "16", "--batch-size", "16", "--epochs", "3", "--size", "0.3m"]
+SHORT = ["--sequence-length", "16", "--batch-size", "16", "--epochs", "3"]
+FAST = ["--vocabulary-size", "330", "--size", "0.3m", *SHORT]
 
 
 def rows(count=160, swapped=()):
@@ -22,8 +24,12 @@ def rows(count=160, swapped=()):
     return made
 
 
-def arguments(*flags):
-    return classification.parser().parse_args([*FAST, *map(str, flags)])
+def arguments(*flags, fast=FAST):
+    return classification.parser().parse_args([*fast, *map(str, flags)])
+
+
+def of_a_preset(preset, *flags):
+    return arguments("--preset", preset, "--trainable", "head", "--folds", 2, *flags, fast=SHORT)
 
 
 def test_equal_texts_stay_together_and_labels_are_shared_out():
@@ -68,15 +74,30 @@ def test_a_frozen_base_reads_each_text_once(preset, monkeypatch):
     monkeypatch.setattr(
         LlamaTextClassifier, "features", lambda self, x, *args: asked.extend(x) or features(self, x, *args)
     )
-    args = arguments("--preset", preset, "--trainable", "head", "--folds", 2, "--learning-rate", 0.05, "--epochs", 20)
+    args = of_a_preset(preset, "--learning-rate", 0.05, "--epochs", 20)
     table = [(f"{'what is a good' if i % 2 else 'the answer'} {i}", LABELS[i % 2], "") for i in range(32)]
     parts = folds.Folds(args, table, LABELS)
     found = label_noise.out_of_fold(parts)
     assert sorted(asked) == sorted(text for text, *_ in table)
     assert np.mean(found.argmax(axis=1) == np.arange(32) % 2) > 0.65
-    again = parts.probabilities(0, arguments(*["--preset", preset, "--trainable", "head", "--learning-rate", 1e-6]))
+    again = parts.probabilities(0, of_a_preset(preset, "--learning-rate", 1e-6))
     assert np.abs(again - found[parts.held[0]]).max() > 0.05  # another rate, from the start
     assert len(asked) == 32
+
+
+@pytest.mark.plain
+def test_a_fold_has_the_same_seed_whenever_it_is_asked(preset):
+    table = [(f"what is {i}", LABELS[i % 2], "") for i in range(8)]
+    parts = folds.Folds(of_a_preset(preset, "--epochs", 1), table, LABELS)
+    np.testing.assert_array_equal(*(parts.probabilities(0) for _ in range(2)))
+
+
+@pytest.mark.plain
+def test_a_classifier_that_may_have_seen_the_rows_is_refused(chat_lm, tmp_path):
+    known = keras_llama.LlamaTextClassifier(chat_lm.backbone, labels=LABELS, preprocessor=chat_lm.preprocessor)
+    known.save_to_preset(tmp_path / "known")
+    with pytest.raises(common.DataError, match="known: may have been trained on the rows"):
+        folds.Folds(arguments("--preset", tmp_path / "known", "--folds", 2), rows(8), LABELS)
 
 
 @pytest.mark.plain

@@ -187,6 +187,21 @@ def test_a_recipe_names_the_largest_batch_that_fits(make_task, capsys):
     assert capsys.readouterr().out.count("Memory of training, estimated: peak ") == 4
 
 
+def test_what_stays_beside_a_training_is_counted(make_task, capsys, monkeypatch):
+    """The weights of the best epoch, which are no GPU's, and the optimisers of models that were trained before."""
+    task = make_task("lm", vocabulary_size=4000)
+    args = recipe(task)
+    found = keras_llama.estimate_memory(task, 64, 32, common.optimizer("adamw", 1e-3, 0.1, task.head))
+    alone = found.peak - found.weights
+    for given, held in (({"best": True}, found.weights), ({"trained": 2}, 2 * found.optimizer)):
+        memory.check(task, args, alone + held, **given)
+        with pytest.raises(common.DataError, match="--force trains anyway"):
+            memory.check(task, args, alone + held - 1, **given)
+    assert f"; beside it {held / 2**20:.0f} MiB of the best" in capsys.readouterr().out
+    monkeypatch.setattr(backend, "has_gpu", lambda: True)
+    memory.check(task, args, alone, best=True)
+
+
 def test_nothing_is_refused_where_the_machine_does_not_tell(make_task, monkeypatch):
     monkeypatch.setattr(backend, "free_memory", lambda: None)
     task = make_task("lm")

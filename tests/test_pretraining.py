@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 import keras_llama
-from tasks import common, corpus, pretrainers, pretraining, records
+from tasks import common, corpus, delivery, pretrainers, pretraining, records
 
 WORDS = ["a good film", "the ball is round\nand red", "we saw the film", "很好的电影", "a red ball and a dog"]
 STORIES = [f"{WORDS[i % 5]} {WORDS[i % 3]} {i}" for i in range(120)]
@@ -271,7 +271,9 @@ def test_refuses_what_it_cannot_start_with(stories, tmp_path, capsys):
     data = ["--data", stories, *output]
     (tmp_path / "file").write_text("")
     assert "file: cannot be made a directory" in refused(capsys, *data, "--resume", tmp_path / "file")
-    assert "--preset has its own" in refused(capsys, *data, "--preset", "a", "--tokenizer", "b")
+    assert "Leave out --tokenizer: --preset a has its own" in refused(
+        capsys, *data, "--preset", "a", "--tokenizer", "b"
+    )
     assert "nowhere" in refused(capsys, *data, "--tokenizer", tmp_path / "nowhere")
     huge = [*map(str, [*data, *FAST]), "--batch-size", "10000000"]
     with pytest.raises(SystemExit):
@@ -281,6 +283,18 @@ def test_refuses_what_it_cannot_start_with(stories, tmp_path, capsys):
         (tmp_path / "rows.jsonl").write_text('{"a": "b"}\n')
         error = refused(capsys, "--data", tmp_path / "rows.jsonl", "--template", template, *output)
         assert "expected names of fields in braces" in error, template
+
+
+@pytest.mark.plain
+def test_the_report_is_written_before_anything_is_delivered(stories, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("The disk is gone")
+
+    monkeypatch.setattr(pretraining, "train", lambda *_: ({"loss": [1.0], "tokens/s": [1.0], "mfu": [0.5]}, [], None))
+    monkeypatch.setattr(delivery, "preset", fail)
+    with pytest.raises(RuntimeError, match="The disk is gone"):
+        pretrained("--data", stories, "--output-dir", tmp_path)
+    assert report_of(tmp_path)["task"] == "pretraining"
 
 
 @pytest.mark.plain

@@ -15,8 +15,8 @@ from tasks import answers, baselines, cloze, common, question_answering, readers
 
 THINGS = {"ball": "box", "cup": "bag", "book": "bed", "key": "car", "coin": "hat", "ring": "tin"}
 COLOURS = ("red", "blue", "green", "black")
-FAST = ["--size", "0.3m", "--vocabulary-size", "330", "--sequence-length", "64", "--batch-size", "16"]
-FAST += ["--max-answer-length", "8"]
+SHORT = ["--batch-size", "16", "--max-answer-length", "8"]
+FAST = ["--size", "0.3m", "--vocabulary-size", "330", "--sequence-length", "64", *SHORT]
 
 
 def article(thing, place, colour, **changes):
@@ -57,7 +57,7 @@ def test_trains_scores_answers_and_exports(squad, tmp_path, capsys, monkeypatch)
     context = "The red cup is in the bag."
     asked = f"\t{context}\nWhere is the cup?\t{context}\n\nWhere is the ring?\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(asked))
-    run("--preset", output / "model.keras", "--data", squad, "--interactive", "--epochs", 1, *FAST, "--limit", 20,
+    run("--preset", output / "model.keras", "--data", squad, "--interactive", "--epochs", 1, *SHORT, "--limit", 20,
         "--output-dir", output)  # fmt: skip
     again = keras.saving.load_model(output / "model.keras")
     told = capsys.readouterr().out.splitlines()[-3:]
@@ -70,8 +70,8 @@ def test_trains_scores_answers_and_exports(squad, tmp_path, capsys, monkeypatch)
 @pytest.mark.slow
 @pytest.mark.usefixtures("not_exported")
 def test_generates_answers_by_prompts_and_by_chat(squad, chat_lm, tmp_path, capsys):
-    flags = ["--mode", "generative", "--data", squad, "--epochs", 1, *FAST, "--retrieve", 2]
-    run(*flags, "--output-dir", tmp_path / "scratch")
+    flags = ["--mode", "generative", "--data", squad, "--epochs", 1, *SHORT, "--retrieve", 2]
+    run(*flags, *FAST[:6], "--output-dir", tmp_path / "scratch")
     report = json.loads((tmp_path / "scratch" / "metrics.json").read_text())
     assert report["mode"] == "generative"
     assert 0 <= report["retrieved"] <= 1
@@ -84,7 +84,7 @@ def test_generates_answers_by_prompts_and_by_chat(squad, chat_lm, tmp_path, caps
         for path in (tmp_path, tmp_path / "chat")
     ]
     assert np.abs(logits[0] - logits[1]).max() > 1e-4
-    run("--mode", "generative", "--preset", tmp_path / "preset", *FAST, "--sequence-length", 190, "--limit", 2,
+    run("--mode", "generative", "--preset", tmp_path / "preset", *SHORT, "--sequence-length", 190, "--limit", 2,
         "--output-dir", tmp_path / "asked")  # fmt: skip
     assert json.loads((tmp_path / "asked" / "metrics.json").read_text())["rows"]["train"] == 0
     assert [path.name for path in (tmp_path / "asked").iterdir()] == ["metrics.json"]  # nothing was trained
@@ -202,10 +202,12 @@ def test_the_report_is_written_before_anything_is_delivered(squad, tmp_path, mon
 @pytest.mark.plain
 def test_of_answers_as_probable_either_may_be_given():
     one = [{"text": "red", "score": 0.5}]
-    readers.check("reloaded", ["red, blue"], one, [{"text": "blue", "score": 0.50001}])
-    for text, score in (("blue", 0.51), ("green", 0.5)):
-        with pytest.raises(RuntimeError, match="The reloaded model answers otherwise"):
-            readers.check("reloaded", ["red, blue"], one, [{"text": text, "score": score}])
+    for dtype, near, far in (("float32", 0.50001, 0.51), ("bfloat16", 0.51, 0.9)):
+        model = types.SimpleNamespace(compute_dtype=dtype)
+        readers.check(model, "reloaded", ["red, blue"], one, [{"text": "blue", "score": near}])
+        for text, score in (("blue", far), ("green", 0.5)):
+            with pytest.raises(RuntimeError, match="The reloaded model answers otherwise"):
+                readers.check(model, "reloaded", ["red, blue"], one, [{"text": text, "score": score}])
 
 
 @pytest.mark.plain
@@ -224,6 +226,14 @@ def test_the_speed_is_of_the_epochs_that_are_run_now(squad, monkeypatch):
     monkeypatch.setattr(common, "fit", fit)
     monkeypatch.setattr(readers, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     assert readers.train(model, args, rows, rows)[1] == len(rows) / 4
+
+
+@pytest.mark.plain
+def test_memory_of_the_language_model_before_is_checked(squad, monkeypatch):
+    args, model = built(*FAST, rows=answers.read(squad))
+    monkeypatch.setattr("keras_llama.backend.free_memory", lambda: 1000)
+    with pytest.raises(common.DataError, match="--force trains anyway"):
+        readers.pretrain(args, model, ["a text"])
 
 
 def test_contexts_of_the_test_data_are_not_trained_on(squad, tmp_path, capsys):

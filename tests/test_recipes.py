@@ -66,12 +66,14 @@ def test_goes_on_from_a_saved_model_with_other_flags(tsv, tmp_path):
     first = tmp_path / "first"
     test = tmp_path / "test.tsv"
     test.write_text("".join(f"{text}\t{label}\n" for text, label in rows(40, seed=1)), encoding="utf-8")
-    arguments = ["--data", str(tsv), "--test-data", str(test), "--limit", "40", *FAST, "--epochs", "1"]
-    classification.main([*arguments, "--output-dir", str(first), "--precision", "mixed_bfloat16"])
+    arguments = ["--data", str(tsv), "--test-data", str(test), "--limit", "40", "--batch-size", "16", "--epochs", "1"]
+    classification.main([*arguments, *FAST[:4], "--output-dir", str(first), "--precision", "mixed_bfloat16"])
     report = tmp_path / "deep" / "report.json"
     arguments += ["--preset", str(first / "model.keras"), "--validation-share", "0"]
     classification.main([*arguments, "--output-dir", str(first), "--report", str(report)])
     found = json.loads(report.read_text())
+    kept = {"precision": "mixed_bfloat16", "sequence_length": 16, "vocabulary_size": None, "head_dropout": None}
+    assert found["settings"] | kept == found["settings"]
     assert found["rows"] == {"train": 40, "validation": 0, "test": 40}
     assert found["val_accuracy"] is None
     before = json.loads((first / "metrics.json").read_text())
@@ -128,7 +130,7 @@ def test_a_presets_own_labels_and_pooling_stay(tokenizer, make_backbone, tmp_pat
         classifiers.build(args, [], ["a", "b"])
 
 
-def test_pretrained_weights_are_each_classifiers_own():
+def test_pretrained_weights_are_each_classifiers_own(monkeypatch):
     """Arrays that two models share are gone, on JAX, when one of them is used."""
     args = classification.parser().parse_args([*FAST, "--pretrain-epochs", "1", "--ngram-count", "2"])
     texts = [text for text, _ in rows(16)]
@@ -136,6 +138,10 @@ def test_pretrained_weights_are_each_classifiers_own():
     classifiers.pretrain(args, models, texts, [])
     answers = [[model.predict(texts, verbose=0) for model in models] for _ in range(2)]
     np.testing.assert_array_equal(*answers)
+    with monkeypatch.context() as full:
+        full.setattr("keras_llama.backend.free_memory", lambda: 1000)
+        with pytest.raises(common.DataError, match="--force trains anyway"):
+            classifiers.pretrain(args, models, texts, [])
     for one, other in zip(*(model.backbone.weights for model in models), strict=True):
         np.testing.assert_array_equal(*(keras.ops.convert_to_numpy(weight) for weight in (one, other)))
 
@@ -211,10 +217,15 @@ def test_refuses_bad_flags(tsv, capsys, flag):
     assert message in refused(capsys, "--data", tsv, flag, value)
 
 
-def test_refuses_a_preset_of_other_labels(tsv, tmp_path, capsys):
-    backbone = keras_llama.LlamaBackbone(vocabulary_size=9, **keras_llama.size("tiny"))
-    keras_llama.LlamaTextClassifier(backbone, labels=["a", "b"]).save(tmp_path / "other.keras")
-    assert "with the labels ['sport', 'tech']" in refused(capsys, "--data", tsv, "--preset", tmp_path / "other.keras")
+def test_refuses_a_preset_of_other_labels_or_without_a_tokenizer(tsv, tmp_path, capsys, tokenizer):
+    backbone = keras_llama.LlamaBackbone(vocabulary_size=300, **keras_llama.size("tiny"))
+    for preprocessor, message in (
+        (keras_llama.TextPreprocessor(tokenizer, 16), "with the labels ['sport', 'tech']"),
+        (None, "expected a model with a tokenizer"),
+    ):
+        classifier = keras_llama.LlamaTextClassifier(backbone, labels=["a", "b"], preprocessor=preprocessor)
+        classifier.save(tmp_path / "other.keras")
+        assert message in refused(capsys, "--data", tsv, "--preset", tmp_path / "other.keras")
 
 
 def test_bad_data_are_told_before_keras_starts(tmp_path):
@@ -306,6 +317,53 @@ def test_refuses_bad_pretraining_texts(tsv, tmp_path, capsys, case):
 @pytest.mark.parametrize("flags", [["--models", "2"], ["--pretrain-epochs", "1"]])
 def test_a_preset_has_its_weights(tsv, capsys, flags):
     assert "are for a model from scratch" in refused(capsys, "--data", tsv, "--preset", "some.keras", *flags)
+
+
+@pytest.fixture
+def classifier(tokenizer, make_backbone):
+    def made(dtype):
+        backbone = make_backbone(vocabulary_size=tokenizer.vocabulary_size, dtype=dtype)
+        preprocessor = keras_llama.TextPreprocessor(tokenizer, 64)
+        return keras_llama.LlamaTextClassifier(backbone, labels=["a", "b"], preprocessor=preprocessor)
+
+    return made
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize(("dtype", "near"), [("float32", 5e-5), ("mixed_float16", 5e-3), ("bfloat16", 3e-2)])
+def test_an_export_may_round_as_its_precision_does(classifier, tmp_path, monkeypatch, dtype, near):
+    model, texts = classifier(dtype), ["a good film", "a bad film"]
+    exact = keras.ops.convert_to_numpy(model.probabilities(model.predict(texts, verbose=0)))
+
+    def served(apart):
+        found = exact + np.array([apart, -apart])
+        labels = [model.labels[i] for i in found.argmax(axis=1)]
+        monkeypatch.setattr(delivery, "exported", lambda *_: {"probabilities": found.tolist(), "labels": labels})
+
+    served(near)
+    delivery.classifier(model, tmp_path, texts)
+    served(4 * near)
+    with pytest.raises(RuntimeError, match="answers otherwise"):
+        delivery.classifier(model, tmp_path, texts)
+    served(near)
+    model.labels.reverse()
+    with pytest.raises(RuntimeError, match="answers otherwise"):
+        delivery.classifier(model, tmp_path, texts)
+
+
+@pytest.mark.plain
+def test_the_report_is_written_before_anything_is_delivered(tsv, classifier, tmp_path, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("The exported model answers otherwise")
+
+    model = classifier("float32")
+    model.labels = sorted(WORDS)
+    monkeypatch.setattr(classifiers, "built", lambda *_: [model])
+    monkeypatch.setattr(classifiers, "fit", lambda *_: (model, [{"loss": [1.0], "val_accuracy": [1.0]}]))
+    monkeypatch.setattr(delivery, "classifier", fail)
+    with pytest.raises(RuntimeError, match="answers otherwise"):
+        classification.main(["--data", str(tsv), "--output-dir", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["task"] == "classification"
 
 
 def test_tensorboard_must_be_there(tsv, capsys, monkeypatch):

@@ -7,7 +7,7 @@ import shlex
 import numpy as np
 import pytest
 
-from tasks import classification, folds, tune
+from tasks import classification, folds, tune, tuners
 
 WORDS = {"sport": ["ball", "team", "goal", "match"], "tech": ["chip", "code", "robot", "data"]}
 LABELS = sorted(WORDS)
@@ -68,7 +68,27 @@ def test_trials_are_scored_by_folds_and_the_best_is_told(arguments, asked, tmp_p
     told = vars(classification.parser().parse_args(words))
     wanted = {**vars(classification.parser().parse_args(arguments)), **best}
     different = {name for name in told if told[name] != wanted[name]}
-    assert different == {"output_dir", "folds"}
+    assert different == {"output_dir", "folds", "asked"}
+
+
+@pytest.mark.plain
+def test_the_command_has_what_was_asked_for():
+    flags = ["--force", "--pretrain-epochs", "1", "--pretrain-data", "a", "b c", "--preset", "x", "--trials", "3"]
+    args = tune.parser().parse_args(flags)
+    words = shlex.split(tune.command(args, {"learning_rate": 0.1}))[3:]
+    told = classification.parser().parse_args(words)
+    assert sorted(told.asked) == ["force", "learning_rate", "preset", "pretrain_data", "pretrain_epochs"]
+    assert told.force is True
+    assert told.pretrain_data == ["a", "b c"]
+
+
+@pytest.mark.plain
+@pytest.mark.parametrize("preset", [[], ["--preset", "x"]])
+def test_only_what_a_training_reads_is_searched(preset):
+    space = tuners.hyperparameters(tune.parser().parse_args(preset)).values
+    assert "head_dropout" in space
+    assert ("embedding_dropout" in space) == (not preset)
+    assert "dropout" not in space
 
 
 @pytest.mark.plain
