@@ -92,7 +92,7 @@ def _copy(group, pack):
     if _is_head(group[0]):
         kernels, biases = [ops.cast(ops.transpose(group[0].embeddings), dtype)], []
     else:
-        # What `packed` widens it is not to get rounded, which would lose a part of what an adapter adds.
+        # In half precision a part of what an adapter adds is lost, and `packed` may keep all of it.
         joined = "float32" if any(layer.adapter is not None for layer in group) else dtype
         kernels = [layer.merged_kernel(joined) for layer in group]
         biases = [ops.cast(layer.bias, dtype) for layer in group if layer.use_bias]
