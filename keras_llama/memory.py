@@ -52,8 +52,13 @@ class MemoryEstimate:
 
 
 # Compiling takes memory, of which most stays with the process: what a model takes whose arrays are next to nothing. XLA
-# takes the same for any number of blocks, TensorFlow's graph and its compiled update more for each. (base, each block)
-_PROGRAM = {"torch": (16 * _MIB, 0), "jax": (300 * _MIB, 0), "tensorflow": (35 * _MIB, 50 * _MIB)}
+# takes the same for any number of blocks, TensorFlow's graph and its compiled update more for each; both take more for
+# an encoder, of texts or of images. (base, each block, an encoder)
+_PROGRAM = {
+    "torch": (16 * _MIB, 0, 0),
+    "jax": (300 * _MIB, 0, 80 * _MIB),
+    "tensorflow": (35 * _MIB, 50 * _MIB, 50 * _MIB),
+}
 # Copies of a chunk's logits that the loss holds at a time, and of the head's kernel: its gradient, the sums of that,
 # transpositions.
 _LOSS = {"torch": (2, 2), "jax": (3, 4), "tensorflow": (3, 2)}
@@ -177,8 +182,9 @@ class _Step:
 
     def peak(self, held: int) -> int:
         """The most at any time of a step, beside the bytes of weights and state."""
-        base, each = _PROGRAM[self.name]
-        program = base + each * sum(len(one.blocks) for one in self.passes)
+        base, block, encoder = _PROGRAM[self.name]
+        encodes = not isinstance(self.task, LlamaCausalLM) and isinstance(self.task, LanguageModel)
+        program = base + block * sum(len(each.blocks) for each in self.passes) + encoder * encodes
         most = max(self._images(), self._forward(), self._loss(), self._backward())
         if self.name == "tensorflow":  # whose pool holds all of it, and gives nothing back to XLA for the update
             return int(_ROOM[self.name] * (held + max(most, self.gradients))) + self._clipped() + program
