@@ -12,7 +12,7 @@ import time
 
 import numpy as np
 
-from tasks import baselines, captioners, common, pictures, plots
+from tasks import baselines, captioners, common, memory, pictures, plots
 
 
 def load(args):
@@ -115,6 +115,7 @@ def main(arguments=None):
     flags.add_argument("--patience", type=common.positive, default=5, help="epochs without a better validation loss")
     flags.add_argument("--num-beams", type=common.positive, default=3)
     flags.add_argument("--length-penalty", type=common.exponent, default=1.0)
+    memory.add_flag(flags)
     args = flags.parse_args(arguments)
     try:
         parts = load(args)
@@ -126,6 +127,7 @@ def main(arguments=None):
         model = captioners.build(args, parts[0])
         common.choose_trainable(model, args)
         parts = [pictures.read(part, model.image_size) for part in parts]
+        memory.check(model, args, best=True)
     except ValueError as error:
         flags.error(str(error))
     with common.told(flags):

@@ -136,8 +136,7 @@ def main(arguments=None):
         model = translators.build(args, parts[0] if parts else [])
         if trains:
             common.choose_trainable(model, args)
-            if args.architecture != translators.ARCHITECTURES[0]:  # what that takes is not estimated
-                memory.check(model, args, best=True)
+            memory.check(model, args, best=True)
     except ValueError as error:
         flags.error(str(error))
     if trains:

@@ -95,6 +95,7 @@ ORDER = [
     "heads.ensemble",
     "heads.question_answering",
     "factory",
+    "activations",
     "memory",
     "verify",
     "cli",

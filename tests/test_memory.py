@@ -10,7 +10,7 @@ import pytest
 
 import keras_llama
 from keras_llama import backend
-from tasks import classification, common, generation, memory, translation
+from tasks import captioning, classification, common, generation, memory, translation
 
 PROGRAM = """
 import gc, os, sys
@@ -58,6 +58,12 @@ def frozen(task):
     task.freeze_base()
 
 
+def blind(task):
+    """Trains adapters and projector alone."""
+    adapted(task)
+    task.image_encoder.trainable = False
+
+
 def as_built(task):
     pass
 
@@ -69,9 +75,17 @@ def nbytes(variables):
 
 @pytest.fixture
 def make_task(make_backbone):
-    def make(head, prepare=as_built, **changes):
-        backbone = make_backbone(**changes)
-        task = keras_llama.LlamaCausalLM(backbone) if head == "lm" else keras_llama.LlamaTextClassifier(backbone, 3)
+    def make(head, prepare=as_built, patches=4, **changes):
+        if head == "translator":
+            sizes = {"vocabulary_size": 60, **keras_llama.size("tiny"), **changes}
+            task = keras_llama.LlamaSeq2SeqLM(keras_llama.LlamaSeq2SeqBackbone(**sizes))
+        elif head == "captioner":
+            encoder = keras_llama.convolutional_encoder(4 * patches, (8, 8))  # patches in a row
+            task = keras_llama.LlamaImageCaptioner(make_backbone(**changes), encoder)
+        elif head == "classifier":
+            task = keras_llama.LlamaTextClassifier(make_backbone(**changes), 3)
+        else:
+            task = keras_llama.LlamaCausalLM(make_backbone(**changes))
         prepare(task)
         return task
 
@@ -88,6 +102,11 @@ CASES = {
     "scaled": ("classifier", as_built, {"dtype": "mixed_float16"}, lambda: "adamw"),
     "adapted": ("classifier", adapted, {}, lambda: "auto"),
     "frozen": ("classifier", frozen, {}, lambda: "muon"),
+    "encoder-decoder": ("translator", as_built, {"num_encoder_layers": 1}, lambda: "auto"),
+    "encoder-decoder, adapted": ("translator", adapted, {"share_embeddings": False}, lambda: "auto"),
+    "images": ("captioner", as_built, {}, lambda: "auto"),
+    "images, frozen": ("captioner", frozen, {}, lambda: "auto"),
+    "images, adapted": ("captioner", blind, {}, lambda: "auto"),
 }
 
 
@@ -116,9 +135,12 @@ def test_the_optimizer_is_the_one_given_or_the_one_compiled_or_adamw(head, make_
     assert keras_llama.estimate_memory(task, 4, 16, keras.optimizers.Adam()).optimizer == adam.optimizer
 
 
-@pytest.mark.parametrize("prepare", [as_built, adapted])
-def test_activations_grow_in_proportion_to_rows_and_faster_with_their_length(prepare, make_task):
-    task = make_task("lm", prepare)
+@pytest.mark.parametrize(
+    ("head", "prepare"),
+    [("lm", as_built), ("lm", adapted), ("translator", as_built), ("captioner", as_built), ("captioner", frozen)],
+)
+def test_activations_grow_in_proportion_to_rows_and_faster_with_their_length(head, prepare, make_task):
+    task = make_task(head, prepare)
     one, four, long = (keras_llama.estimate_memory(task, *shape) for shape in ((1, 256), (4, 256), (1, 1024)))
     assert four.activations == 4 * one.activations > 0
     assert long.peak > four.peak  # weights of attention, or the kernel's mask
@@ -141,6 +163,56 @@ def test_what_saves_memory_is_estimated_to(make_task):
     chunked = keras_llama.estimate_memory(lm, 64, 256)
     lm.compile(metrics=["accuracy"])
     assert keras_llama.estimate_memory(lm, 64, 256).peak > chunked.peak
+
+
+def activations(task, *shape):
+    return keras_llama.estimate_memory(task, *(shape or (8, 64))).activations
+
+
+def test_blocks_of_both_halves_count_and_those_with_cross_attention_for_more(make_task):
+    layers = {"num_layers": 1, "num_encoder_layers": 1}
+    base = make_task("translator", **layers)
+    one = activations(base)
+    encoder = activations(make_task("translator", **{**layers, "num_encoder_layers": 2})) - one
+    decoder = activations(make_task("translator", **{**layers, "num_layers": 2})) - one
+    assert 1.2 * encoder < decoder < 2 * encoder
+    alone = keras_llama.LlamaCausalLM(
+        keras_llama.LlamaBackbone(vocabulary_size=60, **{**keras_llama.size("tiny"), "num_layers": 1})
+    )
+    assert one > 2 * activations(alone)
+    base.backbone.remat = "block"
+    assert activations(base) < one / 2
+
+
+def test_what_stands_before_the_last_gradient_keeps_nothing(make_task):
+    def decoder_alone(task):
+        task.enable_lora(4, targets="^block_")
+
+    both, one = (make_task("translator", prepare) for prepare in (adapted, decoder_alone))
+    assert 0 < activations(one) < 0.7 * activations(both)
+    assert activations(make_task("captioner", frozen)) > 0  # the projector is in front of all blocks
+
+
+def test_patches_are_tokens_and_an_image_encoder_that_is_trained_keeps_its_layers(make_task):
+    few, many, texts = make_task("captioner"), make_task("captioner", patches=8), make_task("lm")
+    assert activations(texts, 8, 16 + 64) < activations(many, 8, 16) < 2 * activations(texts, 8, 16 + 64)
+    assert activations(few, 8, 64) < activations(many, 8, 16)
+    trained = activations(few)
+    few.image_encoder.trainable = False
+    # Of each pixel a colour; of each convolution itself, its norm, and its activation.
+    kept = 8 * 4 * (16 * 16 * 3 + 3 * (8 * 8 * 8) + 3 * (4 * 4 * 8))
+    assert trained - activations(few) == kept
+
+
+def test_an_image_encoder_that_is_frozen_still_runs(make_backbone):
+    def peak(channels):
+        layers = [keras.layers.Conv2D(channels, 1), keras.layers.Conv2D(8, 32, strides=32)]
+        encoder = keras.Sequential([keras.Input((64, 64, 3)), *layers])
+        encoder.trainable = False
+        return keras_llama.estimate_memory(keras_llama.LlamaImageCaptioner(make_backbone(), encoder), 8, 8).peak
+
+    more = 8 * 4 * 64 * 64 * 100
+    assert more < peak(200) - peak(100) < 1.2 * more
 
 
 def test_an_estimate_reads_in_units():
@@ -215,22 +287,31 @@ def test_free_memory_is_what_the_kernel_says():
     assert 0 < backend.free_memory() <= int(table.read_text().split()[1]) * 1024
 
 
-@pytest.mark.parametrize("module", [classification, generation, translation])
-def test_the_recipes_refuse_with_exit_code_2_unless_forced(module, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("module", "flags"),
+    [
+        (classification, []),
+        (generation, []),
+        (translation, ["--architecture", "decoder"]),
+        (translation, []),
+        (captioning, ["--variants", "1", "--limit", "60"]),
+    ],
+)
+def test_the_recipes_refuse_with_exit_code_2_unless_forced(module, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backend, "free_memory", lambda: 1000)
     stop = RuntimeError("training began")
 
     def begin(*_, **__):
         raise stop
 
-    monkeypatch.setattr(keras_llama.LlamaTextClassifier, "fit", begin)
-    monkeypatch.setattr(keras_llama.LlamaCausalLM, "fit", begin)
+    for head in ("LlamaTextClassifier", "LlamaCausalLM", "LlamaSeq2SeqLM", "LlamaImageCaptioner"):
+        monkeypatch.setattr(getattr(keras_llama, head), "fit", begin)
     texts = [f"{'good' if number % 2 else 'bad'} film {number}" for number in range(60)]
     data = tmp_path / ("texts.txt" if module is generation else "texts.tsv")
     lines = [text if module is generation else f"{text}\t{text.split()[0]}" for text in texts]
     data.write_text(("\n<|endoftext|>\n" if module is generation else "\n").join(lines), encoding="utf-8")
-    flags = ["--architecture", "decoder"] if module is translation else []
-    flags += ["--data", str(data), "--output-dir", str(tmp_path / "out"), "--size", "tiny", "--vocabulary-size", "300"]
+    flags = [*flags, "--output-dir", str(tmp_path / "out"), "--size", "tiny", "--vocabulary-size", "300"]
+    flags += [] if module is captioning else ["--data", str(data)]  # it draws its own
     with pytest.raises(SystemExit) as left:
         module.main(flags)
     assert left.value.code == 2
