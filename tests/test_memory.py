@@ -105,6 +105,7 @@ def test_weights_gradients_and_state_are_those_of_the_variables(name, make_task)
     assert keras_llama.estimate_memory(task, 4, 16) == before
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("head", ["lm", "classifier"])
 def test_the_optimizer_is_the_one_given_or_the_one_compiled_or_adamw(head, make_task):
     task = make_task(head)
@@ -116,6 +117,7 @@ def test_the_optimizer_is_the_one_given_or_the_one_compiled_or_adamw(head, make_
     assert keras_llama.estimate_memory(task, 4, 16, keras.optimizers.Adam()).optimizer == adam.optimizer
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("prepare", [as_built, adapted])
 def test_activations_grow_in_proportion_to_rows_and_faster_with_their_length(prepare, make_task):
     task = make_task("lm", prepare)
@@ -124,6 +126,7 @@ def test_activations_grow_in_proportion_to_rows_and_faster_with_their_length(pre
     assert long.peak > four.peak  # weights of attention, or the kernel's mask
 
 
+@pytest.mark.plain
 def test_what_saves_memory_is_estimated_to(make_task):
     every = keras_llama.estimate_memory(make_task("classifier"), 64, 64)
     lora = keras_llama.estimate_memory(make_task("classifier", adapted), 64, 64)
@@ -143,11 +146,13 @@ def test_what_saves_memory_is_estimated_to(make_task):
     assert keras_llama.estimate_memory(lm, 64, 256).peak > chunked.peak
 
 
+@pytest.mark.plain
 def test_an_estimate_reads_in_units():
     text = str(keras_llama.MemoryEstimate(3 * 2**20, 2**20, 2**21, 2**22, 3 * 2**29))
     assert text == "peak 1.50 GiB (weights 3 MiB, gradients 1 MiB, optimizer 2 MiB, activations 4 MiB)"
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -171,6 +176,7 @@ def recipe(task):
     return argparse.Namespace(**given, force=False)
 
 
+@pytest.mark.plain
 def test_a_recipe_names_the_largest_batch_that_fits(make_task, capsys):
     task = make_task("lm", vocabulary_size=4000)
     args = recipe(task)
@@ -187,12 +193,14 @@ def test_a_recipe_names_the_largest_batch_that_fits(make_task, capsys):
     assert capsys.readouterr().out.count("Memory of training, estimated: peak ") == 4
 
 
+@pytest.mark.plain
 def test_nothing_is_refused_where_the_machine_does_not_tell(make_task, monkeypatch):
     monkeypatch.setattr(backend, "free_memory", lambda: None)
     task = make_task("lm")
     memory.check(task, recipe(task))
 
 
+@pytest.mark.plain
 def test_free_memory_is_what_the_kernel_says():
     table = pathlib.Path("/proc/meminfo")
     if not table.exists() or backend.has_gpu():
@@ -200,6 +208,7 @@ def test_free_memory_is_what_the_kernel_says():
     assert 0 < backend.free_memory() <= int(table.read_text().split()[1]) * 1024
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("module", [classification, generation, translation])
 def test_the_recipes_refuse_with_exit_code_2_unless_forced(module, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(backend, "free_memory", lambda: 1000)
