@@ -50,7 +50,7 @@ def test_trains_scores_shows_and_exports(tmp_path, capsys):
     assert delivery.serve(output / "saved_model", [file], "--files")["texts"] == [model.generate(file)]
 
 
-@pytest.mark.slow
+@pytest.mark.plain
 @pytest.mark.usefixtures("not_exported")
 def test_a_text_checkpoint_learns_to_see_by_adapters(captions, chat_lm, tmp_path):
     chat_lm.save_to_preset(tmp_path / "preset")
@@ -106,6 +106,7 @@ def flags(preset, **changes):
     return argparse.Namespace(**given | changes, asked=[*changes])
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("form", ["model.keras", "preset", "hf://me/captioner"])
 def test_a_saved_captioner_keeps_its_encoder(tmp_path, monkeypatch, form):
     model = captioner()
@@ -123,6 +124,7 @@ def test_a_saved_captioner_keeps_its_encoder(tmp_path, monkeypatch, form):
             captioners.build(flags(place, **change), [])
 
 
+@pytest.mark.plain
 def test_training_goes_on_with_an_encoder_that_was_frozen(tmp_path):
     model = captioner()
     model.image_encoder.trainable = False
@@ -130,6 +132,7 @@ def test_training_goes_on_with_an_encoder_that_was_frozen(tmp_path):
     assert captioners.build(flags(tmp_path / "model.keras"), []).image_encoder.trainable_weights
 
 
+@pytest.mark.plain
 @pytest.mark.usefixtures("not_exported")
 def test_an_adapter_is_not_offered_without_the_encoder_trained_beside_it(tmp_path, capsys):
     model, files = captioner(), pictures.files(np.zeros((1, 16, 16, 3), "uint8"), tmp_path / "samples")

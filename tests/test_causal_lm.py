@@ -96,6 +96,7 @@ def test_fit_learns_and_loss_by_name_is_the_same_loss(make_backbone):
     assert values[0]["perplexity"][-1] < 1.5 < values[0]["perplexity"][0]
 
 
+@pytest.mark.plain
 def test_fits_raw_strings(tokenizer):
     backbone = keras_llama.LlamaBackbone(vocabulary_size=tokenizer.vocabulary_size, **keras_llama.size("tiny"))
     model = keras_llama.LlamaCausalLM(backbone, keras_llama.TextPreprocessor(tokenizer, 32, add_eos=True))
@@ -115,11 +116,13 @@ def test_logits_are_float32_and_the_loss_too_under_any_policy(make_backbone):
         assert keras.backend.standardize_dtype(value.dtype) == "float32"
 
 
+@pytest.mark.plain
 def test_refuses_a_bidirectional_backbone(make_backbone):
     with pytest.raises(ValueError, match="`backbone` must be causal"):
         keras_llama.LlamaCausalLM(make_backbone(causal=False))
 
 
+@pytest.mark.plain
 def test_refuses_targets(make_backbone):
     model = keras_llama.LlamaCausalLM(make_backbone())
     model.compile()
@@ -140,6 +143,7 @@ BAD_IDS = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD_IDS)
 def test_refuses_bad_token_ids_before_any_step(make_backbone, case):
     model = keras_llama.LlamaCausalLM(make_backbone())
@@ -150,6 +154,7 @@ def test_refuses_bad_token_ids_before_any_step(make_backbone, case):
             call(ids)
 
 
+@pytest.mark.plain
 def test_fit_without_compile_says_so(make_backbone):
     with pytest.raises(ValueError, match="compile"):
         keras_llama.LlamaCausalLM(make_backbone()).fit(np.ones((2, 4), int), verbose=0)

@@ -9,6 +9,8 @@ import keras_llama
 from keras_llama import cli
 from tasks import delivery
 
+pytestmark = pytest.mark.plain
+
 
 @pytest.fixture
 def preset(chat_lm, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import keras_llama
 from keras_llama.config import SIZES, LlamaConfig, rope_options
 
+pytestmark = pytest.mark.plain
 GOOD = {"vocabulary_size": 100, **SIZES["tiny"]}
 
 

@@ -142,11 +142,13 @@ print("clean")
     assert run_python(code).strip() == "clean"
 
 
+@pytest.mark.plain
 def test_the_order_names_every_file():
     files = {module_name(p).removeprefix("keras_llama.") for p in SOURCES if p.name != "__init__.py"}
     assert files == set(ORDER)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("name", ORDER)
 def test_a_file_imports_only_files_above_it(name):
     path = PACKAGE / (name.replace(".", "/") + ".py")
@@ -156,6 +158,7 @@ def test_a_file_imports_only_files_above_it(name):
     assert found <= ({"checkpoints.loader", "checkpoints.presets"} if name.endswith("backbone") else set())
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("path", SOURCES, ids=module_name)
 def test_backends_are_imported_in_their_place(path):
     name = module_name(path)
@@ -167,18 +170,21 @@ def test_backends_are_imported_in_their_place(path):
             assert name.startswith((*PLACES[package], EXPORT))
 
 
+@pytest.mark.plain
 def test_no_backend_question_outside_the_backend_folder():
     for path in SOURCES:
         if path.parent.name != "backend":
             assert not re.search(r"config\.backend\(\)|keras\.backend\.backend\(\)", path.read_text()), path
 
 
+@pytest.mark.plain
 def test_public_names():
     assert sorted(keras_llama.__all__) == keras_llama.__all__
     for name in keras_llama.__all__:
         assert getattr(keras_llama, name).__doc__
 
 
+@pytest.mark.plain
 def test_registered_under_the_package_name():
     for name in (
         "LlamaBackbone",
@@ -203,6 +209,7 @@ def test_examples_in_docstrings(path, tmp_path, monkeypatch):
     assert not found.failed
 
 
+@pytest.mark.plain
 def test_every_public_class_and_function_has_an_example():
     for name in keras_llama.__all__:
         assert ">>>" in getattr(keras_llama, name).__doc__, name

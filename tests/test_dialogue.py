@@ -33,6 +33,7 @@ def trained_text(lm, row):
     return tokenizer.decode(parts, skip_special_tokens=False)
 
 
+@pytest.mark.plain
 def test_every_turn_of_the_assistant_is_trained_through_its_end(chat_lm):
     assert trained_text(chat_lm, {"messages": MESSAGES}) == ["a film<|end|>", "很好<|end|>"]
     assert trained_text(chat_lm, MESSAGES[:3]) == ["a film<|end|>"]
@@ -49,11 +50,13 @@ def test_a_conversation_may_open_with_the_assistant(chat_tokenizer, chat_lm, bef
     assert trained_text(chat_lm, [opening, *MESSAGES[3:]]) == ["what is a film<|end|>", "很好<|end|>"]
 
 
+@pytest.mark.plain
 def test_a_response_is_trained_with_its_end(chat_lm):
     row = {"prompt": "what is a film", "response": " a good film"}
     assert trained_text(chat_lm, row) == [" a good film<|none|>"]
 
 
+@pytest.mark.plain
 def test_the_ids_are_those_of_the_whole_text(chat_lm):
     tokenizer = chat_lm.preprocessor.tokenizer
     ids = chat_lm.encode([{"prompt": "what is a fi", "response": "lm"}])["token_ids"][0]
@@ -62,6 +65,7 @@ def test_the_ids_are_those_of_the_whole_text(chat_lm):
     assert trained_text(chat_lm, {"prompt": "what is a fi", "response": "lm"})[0].endswith("film<|none|>")
 
 
+@pytest.mark.plain
 def test_preview_shows_what_is_trained(chat_lm):
     row = chat_lm.preview_batch([{"prompt": "a", "response": " film"}])[0]
     assert [flag for _, flag in row] == [False] + [True] * (len(row) - 1)
@@ -87,7 +91,7 @@ def test_no_gradient_comes_from_the_prompt(chat_lm):
     assert abs(value - wanted) < 1e-4
 
 
-@pytest.mark.parametrize("form", ["dicts", "columns", "lists"])
+@pytest.mark.parametrize("form", [*(pytest.param(x, marks=pytest.mark.plain) for x in ("dicts", "columns")), "lists"])
 def test_fit_takes_dialogues_in_each_form(chat_lm, form):
     pairs = [{"prompt": "what is a film", "response": " good"}, {"prompt": "a", "response": " film"}] * 4
     data = {
@@ -101,6 +105,7 @@ def test_fit_takes_dialogues_in_each_form(chat_lm, form):
     assert {"perplexity", "val_perplexity"} <= set(history)
 
 
+@pytest.mark.plain
 def test_overfitted_on_pairs_it_answers_and_stops(chat_tokenizer):
     """Padding is a mask, not an id: the end is trained although it equals the id that fills a batch."""
     words = ["good", "film", "user", "system", "what"]
@@ -118,6 +123,7 @@ def test_overfitted_on_pairs_it_answers_and_stops(chat_tokenizer):
     assert found == [row["response"] for row in pairs]
 
 
+@pytest.mark.plain
 def test_long_rows_are_cut_with_a_warning(chat_lm):
     chat_lm.preprocessor.sequence_length = 8
     with pytest.warns(UserWarning, match="1 of 1 texts are longer"):
@@ -125,6 +131,7 @@ def test_long_rows_are_cut_with_a_warning(chat_lm):
     assert [len(rows[0]) for rows in columns.values()] == [8, 8]
 
 
+@pytest.mark.plain
 def test_a_row_that_is_cut_before_its_response_is_named(chat_lm):
     chat_lm.preprocessor.sequence_length = 8
     rows = [{"prompt": "a", "response": "b"}, {"prompt": "what is a film " * 9, "response": "b"}]
@@ -132,6 +139,7 @@ def test_a_row_that_is_cut_before_its_response_is_named(chat_lm):
         chat_lm.encode(rows, cut=Counter())
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("x", "message"),
     [
@@ -152,6 +160,7 @@ def test_bad_rows_are_named(chat_lm, x, message):
         chat_lm.encode(x)
 
 
+@pytest.mark.plain
 def test_a_template_that_rewrites_earlier_turns_is_refused(chat_tokenizer, chat_lm):
     turn = "{% if loop.last or m.role != 'assistant' %}<|start|>{{ m.content }}<|end|>{% endif %}"
     template = f"{{% for m in messages %}}{turn}{{% endfor %}}"

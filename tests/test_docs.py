@@ -22,6 +22,7 @@ def test_examples_run(page, tmp_path, monkeypatch):
         exec(compile(block, page.name, "exec"), names)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
@@ -34,6 +35,7 @@ def test_links_lead_somewhere(page):
             assert (page.parent / target.split("#")[0]).exists(), target
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_public_names_exist(page):
     for name in re.findall(r"keras_llama\.([A-Za-z_]+)\b(?!\.py|/)(?<!json)", page.read_text(encoding="utf-8")):

@@ -29,6 +29,7 @@ def mean(members, function):
     return np.mean([ops.convert_to_numpy(function(m.predict(TEXTS, verbose=0))) for m in members], axis=0)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(("problem", "function"), [("single", ops.softmax), ("multi", ops.sigmoid)])
 def test_it_answers_with_the_mean_of_the_probabilities(member, problem, function):
     members = [member(name, problem_type=problem) for name in "abc"]
@@ -41,12 +42,14 @@ def test_it_answers_with_the_mean_of_the_probabilities(member, problem, function
         assert [row["label"] for row in ensemble.classify(TEXTS)] == [["bad", "good"][i] for i in expected.argmax(1)]
 
 
+@pytest.mark.plain
 def test_numbers_are_averaged(member):
     members = [member(name, problem_type="regression") for name in "ab"]
     found = keras_llama.LlamaClassifierEnsemble(members).predict(TEXTS, verbose=0)
     np.testing.assert_allclose(found, mean(members, lambda x: x), atol=1e-5)
 
 
+@pytest.mark.plain
 def test_it_is_saved_whole(member, tmp_path):
     ensemble = keras_llama.LlamaClassifierEnsemble([member("a"), member("b")])
     expected = ensemble.predict(TEXTS, verbose=0)
@@ -67,6 +70,7 @@ def test_it_is_exported_with_its_vocabulary(member, tmp_path):
     np.testing.assert_allclose(answer["probabilities"], expected, atol=1e-5)
 
 
+@pytest.mark.plain
 def test_all_members_are_trained_by_fit(member):
     ensemble = keras_llama.LlamaClassifierEnsemble([member("a"), member("b")])
     ensemble.compile()
@@ -77,6 +81,7 @@ def test_all_members_are_trained_by_fit(member):
         assert not np.array_equal(m.get_weights()[-1], weights[-1])
 
 
+@pytest.mark.plain
 def test_members_that_do_not_go_together_are_refused(member):
     with pytest.raises(ValueError, match="at least two classifiers"):
         keras_llama.LlamaClassifierEnsemble([member("a")])
@@ -102,6 +107,7 @@ def test_members_are_adapted_each_alone(member, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.plain
 def test_it_has_no_preset(member, tmp_path):
     ensemble = keras_llama.LlamaClassifierEnsemble([member("a"), member("b")])
     with pytest.raises(ValueError, match="no layout of Hugging Face"):

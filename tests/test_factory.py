@@ -20,10 +20,10 @@ def test_without_arguments_it_is_a_language_model_of_probabilities():
     ("task", "optimizer", "loss"),
     [
         ("language_model", "adam", ONE_HOT),
-        ("language_model", "sgd", "sparse_categorical_crossentropy"),
-        ("classification", "sgd", ONE_HOT),
+        pytest.param("language_model", "sgd", "sparse_categorical_crossentropy", marks=pytest.mark.plain),
+        pytest.param("classification", "sgd", ONE_HOT, marks=pytest.mark.plain),
         ("classification", keras.optimizers.AdamW, "sparse_categorical_crossentropy"),
-        ("regression", "adam", "mse"),
+        pytest.param("regression", "adam", "mse", marks=pytest.mark.plain),
         ("regression", "sgd", "mse"),
     ],
 )
@@ -43,6 +43,7 @@ def test_compile_fit_evaluate_predict(rng, task, optimizer, loss):
     assert model.predict(x, verbose=0).shape == (12, *model.compute_output_shape((12, 6))[1:])
 
 
+@pytest.mark.plain
 def test_it_learns(rng):
     model = keras_llama.create_llama_model("classification", vocabulary_size=20, num_classes=2, sequence_length=8)
     x, y = rng.integers(2, 19, (64, 8)), np.arange(64) % 2
@@ -53,7 +54,7 @@ def test_it_learns(rng):
 
 
 @pytest.mark.parametrize("task", ["language_model", "classification", "regression"])
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("side", ["left", pytest.param("right", marks=pytest.mark.plain)])
 def test_padding_changes_nothing(rng, task, side):
     model = keras_llama.create_llama_model(
         task, vocabulary_size=20, num_classes=2 if task == "classification" else None
@@ -131,6 +132,7 @@ BAD = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD)
 def test_refuses_bad_arguments(case):
     options, message = BAD[case]
@@ -138,6 +140,7 @@ def test_refuses_bad_arguments(case):
         keras_llama.create_llama_model(**options)
 
 
+@pytest.mark.plain
 def test_ids_and_classes_out_of_range_are_refused_before_training():
     model = keras_llama.create_llama_model("classification", vocabulary_size=20, num_classes=2)
     model.compile("adam", "sparse_categorical_crossentropy")

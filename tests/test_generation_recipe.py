@@ -34,6 +34,7 @@ def dialogues(tmp_path):
     return path
 
 
+@pytest.mark.plain
 def test_trains_from_scratch_saves_and_continues(stories, tmp_path, capsys):
     output, prompts = tmp_path / "out", tmp_path / "prompts.txt"
     prompts.write_text("the ball\n\n很好\n", encoding="utf-8")
@@ -199,6 +200,7 @@ def test_prompts_alone_need_no_data(chat_lm, tmp_path, capsys):
     assert (report["settings"]["precision"], report["settings"]["sequence_length"]) == ("float32", 64)
 
 
+@pytest.mark.plain
 def test_formats(tmp_path):
     blank, marked, texts, chats = (tmp_path / name for name in ("a.txt", "b.txt", "c.jsonl", "d.jsonl"))
     blank.write_text("one\ntwo\n\n\nthree\n", encoding="utf-8")
@@ -212,6 +214,7 @@ def test_formats(tmp_path):
     assert [found for _, found in data.generation_rows(chats)] == [row]
 
 
+@pytest.mark.plain
 def test_texts_by_a_template(tmp_path):
     template = r"《{title}》\n{content}"
     listed, lines = tmp_path / "a.json", tmp_path / "b.jsonl"
@@ -268,6 +271,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_refuses_bad_files_by_file_and_line(tmp_path, capsys, case):
     name, content, message = BAD_FILES[case]
@@ -275,6 +279,7 @@ def test_refuses_bad_files_by_file_and_line(tmp_path, capsys, case):
     assert message in refused(capsys, "--data", tmp_path / name, "--output-dir", tmp_path / "out")
 
 
+@pytest.mark.plain
 def test_refuses_what_it_cannot_start_with(stories, dialogues, tmp_path, capsys):
     output = ["--output-dir", tmp_path / "out"]
     assert "Expected --prompt, --prompts or --data" in refused(capsys, *output)
@@ -293,7 +298,7 @@ def test_refuses_what_it_cannot_start_with(stories, dialogues, tmp_path, capsys)
     assert "at least one line of text" in refused(capsys, "--prompts", tmp_path / "empty.txt", *output)
 
 
-@pytest.mark.slow
+@pytest.mark.plain
 @pytest.mark.usefixtures("not_exported")
 @pytest.mark.parametrize("trainable", ["all", "lora", "head"])
 def test_a_classifier_starts_from_a_checkpoint(chat_lm, tmp_path, trainable):

@@ -114,6 +114,7 @@ def interchanged(rows, heads):
     return rows[order]
 
 
+@pytest.mark.plain
 def test_a_file_written_by_hand_is_read(written):
     tensors = random_tensors()
     stored = {**tensors}
@@ -129,6 +130,7 @@ def test_a_file_written_by_hand_is_read(written):
             assert np.array_equal(ours[row.ours.replace("{i}", "0")], values.T if row.transposed else values)
 
 
+@pytest.mark.plain
 def test_the_order_of_rows_is_undone_for_grouped_heads(make_backbone):
     config = make_backbone(num_query_heads=8, num_key_value_heads=2).config
     for kind, heads in (("query", 8), ("key", 2)):
@@ -138,6 +140,7 @@ def test_the_order_of_rows_is_undone_for_grouped_heads(make_backbone):
         assert np.array_equal(mapping.deinterleave(interchanged(array, heads), row, config), array)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "BF16", "F16"])
 def test_quantised_matrices_are_those_of_the_reference(written, kind):
     number = reference_gguf.GGMLQuantizationType[kind]
@@ -151,6 +154,7 @@ def test_quantised_matrices_are_those_of_the_reference(written, kind):
     assert 0 < np.abs(found - values).max() < {"Q4_0": 0.2, "Q4_1": 0.2, "Q5_0": 0.1, "Q5_1": 0.1}.get(kind, 0.01)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
 def test_k_quants_are_those_of_the_reference(written, kind):
     number = reference_gguf.GGMLQuantizationType[kind]
@@ -165,6 +169,7 @@ def test_k_quants_are_those_of_the_reference(written, kind):
     assert np.array_equal(gguf._values(path, info), reference_gguf.quants.dequantize(blocks, number))
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("factor", [8.0, 32.0])
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 def test_llama_3s_scaling_is_found_again_in_its_divisors(make_backbone, head_dim, factor):
@@ -175,6 +180,7 @@ def test_llama_3s_scaling_is_found_again_in_its_divisors(make_backbone, head_dim
     assert gguf.llama3_scaling(factors, config) == scaling
 
 
+@pytest.mark.plain
 def test_other_llama_3_settings_give_the_same_frequencies(make_backbone):
     scaling = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 2.0, "high_freq_factor": 8.0}
     scaling["original_max_position_embeddings"] = 4096
@@ -185,6 +191,7 @@ def test_other_llama_3_settings_give_the_same_frequencies(make_backbone):
     assert np.allclose(found, wanted, rtol=1e-5)
 
 
+@pytest.mark.plain
 def test_divisors_of_another_kind_are_refused(make_backbone):
     with pytest.raises(ValueError, match=r"must be those of Llama 3.1"):
         gguf.llama3_scaling(np.linspace(1, 9, 16, dtype="float32"), make_backbone(head_dim=32).config)
@@ -193,7 +200,14 @@ def test_divisors_of_another_kind_are_refused(make_backbone):
 # ---- Out and in again
 
 
-@pytest.mark.parametrize("name", ["base", "heads_one_kv", "head_dim", "theta", "linear", "llama3", "yarn", "tied"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("base", "llama3"),
+        *(pytest.param(x, marks=pytest.mark.plain) for x in ("heads_one_kv", "head_dim", "theta", "linear", "yarn")),
+        pytest.param("tied", marks=pytest.mark.plain),
+    ],
+)
 def test_the_same_weights_through_safetensors_and_gguf_give_the_same_logits(tmp_path, name, tokenizer):
     changes = {**reference.CONFIGS[name], "vocab_size": tokenizer.vocabulary_size}
     if name == "llama3":  # the settings that a file of divisors can be read back to
@@ -211,6 +225,7 @@ def test_the_same_weights_through_safetensors_and_gguf_give_the_same_logits(tmp_
         assert np.array_equal(logits(back), logits(lm))
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("biases", [{}, {"attention_bias": True, "mlp_bias": True}])
 def test_float32_out_and_in_is_bit_equal(tmp_path, small_lm, biases):
     lm = small_lm(**biases)
@@ -244,6 +259,7 @@ def test_smaller_files_within_their_error(tmp_path, small_lm, quantization, erro
     assert kinds["blk.0.ffn_down.weight"] == "F16"  # rows of 48 are no whole blocks of 32
 
 
+@pytest.mark.plain
 def test_large_tensors_are_read_in_parts(tmp_path, small_lm, monkeypatch):
     path = tmp_path / "model.gguf"
     save_checkpoint(small_lm(), path, format="gguf", quantization="q8_0")
@@ -255,6 +271,7 @@ def test_large_tensors_are_read_in_parts(tmp_path, small_lm, monkeypatch):
         np.testing.assert_array_equal(*(ops.convert_to_numpy(variable.value) for variable in (one, other)), one.path)
 
 
+@pytest.mark.plain
 def test_our_files_are_read_by_the_reference(tmp_path, small_lm):
     lm = small_lm()
     save_checkpoint(lm, tmp_path / "model.gguf", format="gguf")
@@ -278,6 +295,7 @@ def test_the_dtype_is_that_of_the_file(tmp_path, small_lm):
         assert keras_llama.LlamaBackbone.from_preset(path).dtype_policy.name == dtype
 
 
+@pytest.mark.plain
 def test_what_gguf_cannot_hold(tmp_path, make_backbone, small_lm, tokenizer):
     path = tmp_path / "model.gguf"
     bare = keras_llama.LlamaCausalLM(make_backbone())
@@ -345,6 +363,7 @@ def test_llama_cpp_writes_the_same_text(tmp_path, small_lm, changes):
     np.testing.assert_allclose(best[range(24), written], best.max(axis=-1), atol=1e-4)
 
 
+@pytest.mark.plain
 def test_a_model_tuned_here_writes_the_same_text_in_transformers_and_in_llama_cpp(tmp_path, chat_lm):
     chat_lm.compile(optimizer="adam")
     chat_lm.fit(["what is a good film", "很好的电影 is a film"] * 8, epochs=4, batch_size=8, verbose=0)
@@ -414,6 +433,7 @@ def damaged():
     }  # fmt: skip
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", damaged())
 def test_a_damaged_file_is_refused_quickly_and_in_little_memory(written, case):
     data, message = damaged()[case]
@@ -427,6 +447,7 @@ def test_a_damaged_file_is_refused_quickly_and_in_little_memory(written, case):
     tracemalloc.stop()
 
 
+@pytest.mark.plain
 def test_the_same_name_twice(written):
     data = pack(random_tensors())
     name = b"blk.0.attn_k.weight"
@@ -434,6 +455,7 @@ def test_the_same_name_twice(written):
         keras_llama.LlamaBackbone.from_preset(written(data.replace(b"blk.0.attn_q.weight", name)))
 
 
+@pytest.mark.plain
 def test_the_file_written_by_hand_is_what_the_reference_reads(written):
     tensors = random_tensors()
     found = {t.name: t.data for t in reference_gguf.GGUFReader(written(pack(tensors))).tensors}

@@ -47,7 +47,7 @@ def older_spelling(directory):
     edit(directory, rope_parameters=..., rope_theta=theta, rope_scaling=scaling, dtype=..., torch_dtype="float32")
 
 
-@pytest.mark.parametrize("spelling", ["newer", "older"])
+@pytest.mark.parametrize("spelling", ["newer", pytest.param("older", marks=pytest.mark.plain)])
 @pytest.mark.parametrize("name", list(reference.CONFIGS))
 def test_logits_are_those_of_transformers(tmp_path, name, spelling):
     model = write(tmp_path, **reference.CONFIGS[name])
@@ -57,9 +57,12 @@ def test_logits_are_those_of_transformers(tmp_path, name, spelling):
     assert np.abs(found - model(torch.tensor(IDS.astype(int))).logits.detach().numpy()).max() <= 1e-4
 
 
-@pytest.mark.parametrize("shards", ["5GB", "20KB"])
+@pytest.mark.parametrize("shards", [pytest.param("5GB", marks=pytest.mark.plain), "20KB"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["base", "tied", "llama3", "attention_bias", "yarn_mscale"])
+@pytest.mark.parametrize(
+    "name",
+    ["base", *(pytest.param(x, marks=pytest.mark.plain) for x in ("tied", "llama3", "attention_bias", "yarn_mscale"))],
+)
 def test_in_and_out_again_is_bit_equal(tmp_path, name, dtype, shards):
     model = write(tmp_path / "in", dtype, shards, **reference.CONFIGS[name])
     lm = keras_llama.LlamaCausalLM.from_preset(tmp_path / "in")
@@ -76,6 +79,7 @@ def test_in_and_out_again_is_bit_equal(tmp_path, name, dtype, shards):
     assert ((tmp_path / "out" / "model.safetensors.index.json").exists()) == (shards == "20KB")
 
 
+@pytest.mark.plain
 def test_other_users_may_read_what_is_written(tmp_path):
     write(tmp_path / "in", torch.bfloat16)
     save_checkpoint(keras_llama.LlamaCausalLM.from_preset(tmp_path / "in"), tmp_path / "out", max_shard_size=20_000)
@@ -84,6 +88,7 @@ def test_other_users_may_read_what_is_written(tmp_path):
     assert {file.stat().st_mode for file in (tmp_path / "out").iterdir()} == {allowed}
 
 
+@pytest.mark.plain
 def test_a_dtype_may_be_asked_for(tmp_path):
     write(tmp_path, torch.bfloat16)
     lm = keras_llama.LlamaCausalLM.from_preset(tmp_path, dtype="mixed_bfloat16")
@@ -95,6 +100,7 @@ def test_a_dtype_may_be_asked_for(tmp_path):
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.plain
 def test_nothing_is_drawn_at_random_before_the_weights_come(tmp_path, monkeypatch):
     write(tmp_path)
     for initializer in (keras.initializers.RandomNormal, keras.initializers.VarianceScaling):
@@ -113,6 +119,7 @@ def test_the_backbone_alone(tmp_path):
         keras_llama.LlamaCausalLM.from_preset(tmp_path / "bare")
 
 
+@pytest.mark.plain
 def test_a_classifier_in_and_out(tmp_path, capsys):
     config = reference.hf_config(num_labels=3, pad_token_id=0, id2label={0: "a", 1: "b", 2: "c"})
     model = reference.randomize(transformers.LlamaForSequenceClassification(config))
@@ -128,6 +135,7 @@ def test_a_classifier_in_and_out(tmp_path, capsys):
     assert back.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -143,6 +151,7 @@ def test_what_does_not_fit_a_classifiers_checkpoint_is_refused(tmp_path, options
         keras_llama.LlamaTextClassifier.from_preset(tmp_path, **options)
 
 
+@pytest.mark.plain
 def test_a_classifier_starts_on_a_language_model(tmp_path, capsys):
     write(tmp_path)
     ours = keras_llama.LlamaTextClassifier.from_preset(tmp_path, labels=["no", "yes"])
@@ -152,6 +161,7 @@ def test_a_classifier_starts_on_a_language_model(tmp_path, capsys):
     assert 0.5 < score.std() * 32**0.5 < 2  # drawn for 32 features, not left at zero
 
 
+@pytest.mark.plain
 def test_the_first_blocks_alone(tmp_path):
     model = write(tmp_path / "in", num_hidden_layers=3)
     shallow = keras_llama.LlamaCausalLM.from_preset(tmp_path / "in", num_layers=2)
@@ -163,6 +173,7 @@ def test_the_first_blocks_alone(tmp_path):
     assert np.array_equal(logits(keras_llama.LlamaCausalLM.from_preset(tmp_path / "out")), logits(shallow))
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("count", [0, 4, True, 1.0])
 def test_blocks_that_a_checkpoint_does_not_have_are_refused(tmp_path, count):
     write(tmp_path, num_hidden_layers=3)
@@ -170,6 +181,7 @@ def test_blocks_that_a_checkpoint_does_not_have_are_refused(tmp_path, count):
         keras_llama.LlamaCausalLM.from_preset(tmp_path, num_layers=count)
 
 
+@pytest.mark.plain
 def test_a_reader_in_and_out(tmp_path, capsys):
     model = reference.randomize(transformers.LlamaForQuestionAnswering(reference.hf_config()))
     model.save_pretrained(tmp_path / "in")
@@ -187,6 +199,7 @@ def test_a_reader_in_and_out(tmp_path, capsys):
     assert "has no score.weight" in capsys.readouterr().out
 
 
+@pytest.mark.plain
 def test_a_reader_starts_on_a_language_model(tmp_path, capsys):
     write(tmp_path)
     ours = keras_llama.LlamaQuestionAnswering.from_preset(tmp_path, stride=8)
@@ -196,6 +209,7 @@ def test_a_reader_starts_on_a_language_model(tmp_path, capsys):
     assert not bias.any()
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("options", [{"pooling": "mean"}, {"causal": False}])
 def test_what_other_tools_would_compute_otherwise_stays_here(tmp_path, make_backbone, options):
     backbone = make_backbone(causal=options.get("causal", True))
@@ -211,6 +225,7 @@ def test_what_other_tools_would_compute_otherwise_stays_here(tmp_path, make_back
         transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "own")
 
 
+@pytest.mark.plain
 def test_the_stop_set_is_every_end_the_checkpoint_names(tmp_path):
     write(tmp_path, eos_token_id=7)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [9, 11], "temperature": 0.6}))
@@ -225,6 +240,7 @@ def test_the_stop_set_is_every_end_the_checkpoint_names(tmp_path):
         assert other.generation_config["temperature"] == 0.6
 
 
+@pytest.mark.plain
 def test_each_stop_id_stops(tmp_path):
     write(tmp_path)
     text = keras_llama.LlamaCausalLM.from_preset(tmp_path).generate([[5, 6]], 12, stop=None, strip_prompt=True)
@@ -234,6 +250,7 @@ def test_each_stop_id_stops(tmp_path):
         assert found["token_ids"][0].tolist()[-1] == token
 
 
+@pytest.mark.plain
 def test_a_tied_checkpoint_may_carry_its_head(tmp_path):
     write(tmp_path, tie_word_embeddings=True)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -250,6 +267,7 @@ def test_a_tied_checkpoint_may_carry_its_head(tmp_path):
     assert any("lm_head.weight differs" in str(warning.message) for warning in told)
 
 
+@pytest.mark.plain
 def test_missing_extra_and_misshapen_tensors_stand_in_one_table(tmp_path):
     write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -268,6 +286,7 @@ def test_missing_extra_and_misshapen_tensors_stand_in_one_table(tmp_path):
     assert "inv_freq" not in message
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -292,6 +311,7 @@ def test_a_field_that_changes_the_maths_is_never_dropped(tmp_path, changes, mess
     assert "config.json" in str(error.value)
 
 
+@pytest.mark.plain
 def test_tensors_with_nan_are_named(tmp_path):
     write(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
@@ -324,6 +344,7 @@ def broken(kind, data):
 KINDS = ["data cut", "header cut", "empty", "2^60 bytes of header", "no safetensors", "negative offset", "2^60 bytes"]
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("kind", KINDS)
 def test_broken_files_are_refused(tmp_path, kind):
     write(tmp_path)
@@ -333,6 +354,7 @@ def test_broken_files_are_refused(tmp_path, kind):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.plain
 def test_pickles_are_refused_with_the_command_that_converts(tmp_path):
     write(tmp_path)
     (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
@@ -340,6 +362,7 @@ def test_pickles_are_refused_with_the_command_that_converts(tmp_path):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     "name", ["../outside.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "link.safetensors"]
 )
@@ -355,6 +378,7 @@ def test_shards_stay_in_their_directory(tmp_path, name):
         open_checkpoint(directory)
 
 
+@pytest.mark.plain
 def test_an_index_that_names_what_is_not_there(tmp_path):
     write(tmp_path, shards="20KB")
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
@@ -367,6 +391,7 @@ def test_an_index_that_names_what_is_not_there(tmp_path):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("text", ["", "{", "[1]", "nonsense"])
 def test_a_config_that_is_no_json_object(tmp_path, text):
     write(tmp_path)
@@ -375,6 +400,7 @@ def test_a_config_that_is_no_json_object(tmp_path, text):
         open_checkpoint(tmp_path)
 
 
+@pytest.mark.plain
 def test_nothing_of_the_users_is_lost(tmp_path, make_backbone):
     lm = keras_llama.LlamaCausalLM(make_backbone())
     (tmp_path / "notes.txt").write_text("mine")
@@ -389,6 +415,7 @@ def test_nothing_of_the_users_is_lost(tmp_path, make_backbone):
         save_checkpoint(lm, tmp_path / "x", format="onnx")
 
 
+@pytest.mark.plain
 def test_a_write_that_fails_leaves_the_old_checkpoint(tmp_path, make_backbone, monkeypatch):
     lm = keras_llama.LlamaCausalLM(make_backbone())
     save_checkpoint(lm, tmp_path / "out")

@@ -40,11 +40,16 @@ def make(cls=keras_hub.models.Llama3Backbone, **options):
 @pytest.mark.parametrize(
     "options",
     [
-        {},
-        {"tie_word_embeddings": True},
-        {"rope_max_wavelength": 500_000, "layer_norm_epsilon": 1e-5},
         LLAMA3,
-        {"cls": keras_hub.models.LlamaBackbone},
+        *(
+            pytest.param(options, marks=pytest.mark.plain)
+            for options in (
+                {},
+                {"tie_word_embeddings": True},
+                {"rope_max_wavelength": 500_000, "layer_norm_epsilon": 1e-5},
+                {"cls": keras_hub.models.LlamaBackbone},
+            )
+        ),
     ],
 )
 def test_hidden_states_are_those_of_kerashub(options):
@@ -57,6 +62,7 @@ def test_hidden_states_are_those_of_kerashub(options):
     assert np.abs(ops.convert_to_numpy(lm(INPUTS)) - logits).max() <= 1e-4
 
 
+@pytest.mark.plain
 def test_a_preset_directory_with_a_byte_pair_tokenizer(tmp_path):
     tokens = ["<|begin_of_text|>", "<|end_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>"]
     words = ["a", "b", "c", "Ġ", "ab", "Ġc"]
@@ -71,6 +77,7 @@ def test_a_preset_directory_with_a_byte_pair_tokenizer(tmp_path):
     assert lm.generate("ab c", 3, stop=None, strip_prompt=True) is not None
 
 
+@pytest.mark.plain
 def test_what_cannot_be_read_is_refused():
     with pytest.raises(ValueError, match="rope_position_scaling_factor=4"):
         keras_llama.LlamaBackbone.from_preset(make(rope_position_scaling_factor=4.0))

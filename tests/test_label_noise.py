@@ -32,6 +32,7 @@ def of_a_preset(preset, *flags):
     return arguments("--preset", preset, "--trainable", "head", "--folds", 2, *flags, fast=SHORT)
 
 
+@pytest.mark.plain
 def test_equal_texts_stay_together_and_labels_are_shared_out():
     table = [*rows(60), *rows(60)]
     held = folds.split(table, LABELS, 4)
@@ -42,7 +43,7 @@ def test_equal_texts_stay_together_and_labels_are_shared_out():
         assert abs([table[i][1] for i in part].count("sport") - len(part) / 2) <= 2
 
 
-@pytest.mark.slow
+@pytest.mark.plain
 def test_no_model_has_seen_what_it_is_asked(monkeypatch):
     """Every text is asked once, by a model trained on no row of that text."""
     table = [*rows(40), *rows(10)]

@@ -96,7 +96,7 @@ def logits(lm):
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.plain)])
 def test_every_version_is_read(backbone, written, version, tied):
     head = None if tied else np.random.default_rng(9).normal(0, 0.3, (VOCABULARY, DIM)).astype("float32")
     lm = keras_llama.LlamaCausalLM.from_preset(written(pack(backbone, version, head)), dtype="float32")
@@ -116,6 +116,7 @@ def test_every_version_is_read(backbone, written, version, tied):
         assert np.array_equal(logits(lm), logits(keras_llama.LlamaCausalLM(backbone)))
 
 
+@pytest.mark.plain
 def test_groups_of_the_file_are_used(backbone, written):
     small, large = (written(pack(backbone, 2, group=group), f"{group}.bin") for group in (8, 32))
     values = ops.convert_to_numpy(backbone.get_layer("block_0").mlp.up.kernel).T
@@ -127,6 +128,7 @@ def test_groups_of_the_file_are_used(backbone, written):
     assert open_checkpoint(small).dtype == "bfloat16"
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("name", ["tokenizer.model", f"tok{VOCABULARY}.model"])
 def test_a_tokenizer_beside_the_file_is_taken(backbone, written, tokenizer, name):
     path = written(pack(backbone, 1))
@@ -136,6 +138,7 @@ def test_a_tokenizer_beside_the_file_is_taken(backbone, written, tokenizer, name
     assert lm.preprocessor.tokenizer.encode(["a good film"]) == tokenizer.encode(["a good film"])
 
 
+@pytest.mark.plain
 def test_a_model_of_llama2c_leaves_for_transformers(backbone, written, tmp_path):
     import torch
     import transformers
@@ -162,6 +165,7 @@ CASES = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_no_file_of_llama2c(backbone, written, case):
     change, message = CASES[case]
@@ -172,6 +176,7 @@ def test_what_is_no_file_of_llama2c(backbone, written, case):
     assert time.perf_counter() - start < 10
 
 
+@pytest.mark.plain
 def test_a_group_that_divides_nothing(backbone, written):
     data = bytearray(pack(backbone, 2))
     for group in (0, -16, 7):
@@ -180,6 +185,7 @@ def test_a_group_that_divides_nothing(backbone, written):
             keras_llama.LlamaCausalLM.from_preset(written(bytes(data)))
 
 
+@pytest.mark.plain
 def test_a_number_that_is_none(backbone, written):
     backbone.get_layer("final_norm").scale.assign(np.full(DIM, np.nan))
     with pytest.raises(ValueError, match=r"finite numbers in every tensor.*norm.weight"):

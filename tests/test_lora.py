@@ -68,6 +68,7 @@ def test_it_starts_as_the_base_and_trains_nothing_of_it(lm, capsys):
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(("targets", "count"), [("attention", 8), ("all-linear", 14), (r"block_1/mlp/(gate|up)$", 2)])
 def test_targets(lm, targets, count):
     lm.enable_lora(rank=2, targets=targets)
@@ -143,6 +144,7 @@ def test_decoding_is_that_of_the_merged_model(lm):
         np.testing.assert_array_equal(tokens, lm.generate(prompts, max_new_tokens=n)["token_ids"])
 
 
+@pytest.mark.plain
 def test_a_list_of_ngrams_is_not_trained_after_merging(make_backbone):
     task = adapted(keras_llama.LlamaTextClassifier(make_backbone(num_ngrams=4), num_classes=2))
     task.merge_lora()
@@ -168,6 +170,7 @@ def test_adapters_are_switched_by_name(lm):
     np.testing.assert_array_equal(predicted(lm), two)
 
 
+@pytest.mark.plain
 def test_tasks_that_share_a_backbone_share_its_adapters(lm, tmp_path):
     adapted(lm)
     classifier = keras_llama.LlamaTextClassifier(lm.backbone, num_classes=2)
@@ -253,6 +256,7 @@ def test_an_adapter_of_peft(tmp_path, targets):
     np.testing.assert_allclose(predicted(ours, IDS), logits_of(theirs), atol=1e-4)
 
 
+@pytest.mark.plain
 def test_an_adapter_of_half_precision(lm, tmp_path):
     adapted(lm)
     expected = predicted(lm)
@@ -308,6 +312,7 @@ def test_an_adapter_of_peft_with_its_head(tmp_path, kind, half):
     np.testing.assert_allclose(predicted(task, IDS), expected.detach().numpy(), atol=1e-4)
 
 
+@pytest.mark.plain
 def test_a_classifier_takes_its_head_along(tmp_path):
     base = reference.randomize(
         transformers.LlamaForSequenceClassification(reference.hf_config(num_labels=3, pad_token_id=0))
@@ -326,6 +331,7 @@ def test_a_classifier_takes_its_head_along(tmp_path):
     np.testing.assert_allclose(predicted(again), predicted(ours), atol=1e-5)
 
 
+@pytest.mark.plain
 def test_a_reader_takes_its_head_along(tmp_path):
     base = reference.randomize(transformers.LlamaForQuestionAnswering(reference.hf_config()))
     base.save_pretrained(tmp_path / "base")
@@ -344,6 +350,7 @@ def test_a_reader_takes_its_head_along(tmp_path):
     np.testing.assert_allclose(predicted(again), predicted(ours), atol=1e-5)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -367,6 +374,7 @@ def test_settings_that_are_refused(lm, options, message):
     assert [weight.path for weight in lm.trainable_weights] == before
 
 
+@pytest.mark.plain
 def test_orders_that_are_refused(lm, make_backbone, tmp_path):
     with pytest.raises(ValueError, match="in use to be merged"):
         lm.merge_lora()
@@ -394,6 +402,7 @@ def edited(directory, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -417,6 +426,7 @@ def test_adapters_that_are_refused(lm, tmp_path, changes, message):
     np.testing.assert_array_equal(predicted(lm), before)
 
 
+@pytest.mark.plain
 def test_an_adapter_of_another_base_is_named_by_its_first_mismatch(lm, make_backbone, tmp_path):
     other = keras_llama.LlamaCausalLM(make_backbone(num_layers=3))
     other.enable_lora(rank=2)
@@ -432,6 +442,7 @@ def test_an_adapter_of_another_base_is_named_by_its_first_mismatch(lm, make_back
         lm.load_adapter(tmp_path / "wide")
 
 
+@pytest.mark.plain
 def test_broken_files_are_refused_and_nothing_is_overwritten(lm, tmp_path):
     lm.enable_lora(rank=2)
     keras_llama.save_checkpoint(lm, tmp_path / "a", format="peft")

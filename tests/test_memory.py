@@ -124,6 +124,7 @@ def test_weights_gradients_and_state_are_those_of_the_variables(name, make_task)
     assert keras_llama.estimate_memory(task, 4, 16) == before
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("head", ["lm", "classifier"])
 def test_the_optimizer_is_the_one_given_or_the_one_compiled_or_adamw(head, make_task):
     task = make_task(head)
@@ -135,6 +136,7 @@ def test_the_optimizer_is_the_one_given_or_the_one_compiled_or_adamw(head, make_
     assert keras_llama.estimate_memory(task, 4, 16, keras.optimizers.Adam()).optimizer == adam.optimizer
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("head", "prepare"),
     [("lm", as_built), ("lm", adapted), ("translator", as_built), ("captioner", as_built), ("captioner", frozen)],
@@ -146,6 +148,7 @@ def test_activations_grow_in_proportion_to_rows_and_faster_with_their_length(hea
     assert long.peak > four.peak  # weights of attention, or the kernel's mask
 
 
+@pytest.mark.plain
 def test_what_saves_memory_is_estimated_to(make_task):
     every = keras_llama.estimate_memory(make_task("classifier"), 64, 64)
     lora = keras_llama.estimate_memory(make_task("classifier", adapted), 64, 64)
@@ -215,11 +218,13 @@ def test_an_image_encoder_that_is_frozen_still_runs(make_backbone):
     assert more < peak(200) - peak(100) < 1.2 * more
 
 
+@pytest.mark.plain
 def test_an_estimate_reads_in_units():
     text = str(keras_llama.MemoryEstimate(3 * 2**20, 2**20, 2**21, 2**22, 3 * 2**29))
     assert text == "peak 1.50 GiB (weights 3 MiB, gradients 1 MiB, optimizer 2 MiB, activations 4 MiB)"
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -243,6 +248,7 @@ def recipe(task):
     return argparse.Namespace(**given, force=False)
 
 
+@pytest.mark.plain
 def test_a_recipe_names_the_largest_batch_that_fits(make_task, capsys):
     task = make_task("lm", vocabulary_size=4000)
     args = recipe(task)
@@ -274,12 +280,14 @@ def test_what_stays_beside_a_training_is_counted(make_task, capsys, monkeypatch)
     memory.check(task, args, alone, best=True)
 
 
+@pytest.mark.plain
 def test_nothing_is_refused_where_the_machine_does_not_tell(make_task, monkeypatch):
     monkeypatch.setattr(backend, "free_memory", lambda: None)
     task = make_task("lm")
     memory.check(task, recipe(task))
 
 
+@pytest.mark.plain
 def test_free_memory_is_what_the_kernel_says():
     table = pathlib.Path("/proc/meminfo")
     if not table.exists() or backend.has_gpu():
@@ -287,6 +295,7 @@ def test_free_memory_is_what_the_kernel_says():
     assert 0 < backend.free_memory() <= int(table.read_text().split()[1]) * 1024
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("module", "flags"),
     [

@@ -49,6 +49,7 @@ def test_codes_are_those_of_the_formula(ids):
     np.testing.assert_array_equal(found[mask > 0], wanted[mask > 0])
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("least", [1, 2, 3])
 def test_what_is_frequent(least):
     rows = [[5, 6, 7, 6], [6, 7], [7]]
@@ -139,6 +140,7 @@ def test_without_the_last_norm_hidden_states_are_the_stream(make_backbone, tmp_p
     np.testing.assert_allclose(again.predict(ids, verbose=0), model.predict(ids, verbose=0), atol=1e-6)
 
 
+@pytest.mark.plain
 def test_a_language_model_without_the_last_norm_is_none_that_others_know(make_backbone, tmp_path):
     lm = keras_llama.LlamaCausalLM(make_backbone(final_norm=False), None, {"eos_token_id": []})
     with pytest.raises(ValueError, match="know no model without a last norm"):
@@ -147,7 +149,7 @@ def test_a_language_model_without_the_last_norm_is_none_that_others_know(make_ba
     assert '"model_type": "keras_llama"' in (tmp_path / "preset" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.plain), "bfloat16"])
 def test_files_keep_it(knowing, tmp_path, rng, dtype):
     backbone = knowing(causal=False, embedding_dropout=0.25, dtype=dtype)
     model = keras_llama.LlamaTextClassifier(backbone, num_classes=2)
@@ -163,18 +165,21 @@ def test_files_keep_it(knowing, tmp_path, rng, dtype):
     assert '"model_type": "keras_llama"' in (tmp_path / "preset" / "config.json").read_text()  # others would not see it
 
 
+@pytest.mark.plain
 def test_it_does_not_generate(make_backbone):
     lm = keras_llama.LlamaCausalLM(make_backbone(num_ngrams=40), None, {"eos_token_id": []})
     with pytest.raises(ValueError, match=r"without n-grams.*num_ngrams=40"):
         lm.generate([[5, 6]], max_new_tokens=2)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("number", [-1, 1.5, True, "many"])
 def test_bad_numbers_are_refused(make_backbone, number):
     with pytest.raises(ValueError, match="`num_ngrams` must be an integer of at least 0"):
         make_backbone(num_ngrams=number)
 
 
+@pytest.mark.plain
 def test_llama_cpp_knows_none(make_backbone, tmp_path):
     lm = keras_llama.LlamaCausalLM(make_backbone(num_ngrams=40), None, {"eos_token_id": []})
     with pytest.raises(ValueError, match="know no n-gram embeddings"):

@@ -30,6 +30,7 @@ def test_features_are_what_the_head_reads(make):
     np.testing.assert_allclose(logits, classifier.predict(IDS, verbose=0), atol=1e-5)
 
 
+@pytest.mark.plain
 def test_features_of_ragged_texts_keep_their_order(tokenizer):
     texts = ["a good film", "bad", "what a good film it is", "a"]
     backbone = keras_llama.LlamaBackbone(vocabulary_size=300, **keras_llama.size("tiny"))
@@ -66,7 +67,7 @@ def test_the_backbone_is_computed_once(make, monkeypatch):
     assert len(asked) <= 3 * once  # one batch, which TensorFlow and JAX trace
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.plain)])
 def test_vectors_train_a_head_as_their_texts_do(make_backbone, dtype):
     models = [keras_llama.LlamaTextClassifier(make_backbone(dtype=dtype), num_classes=3) for _ in range(2)]
     for model in models:
@@ -82,7 +83,9 @@ def test_vectors_train_a_head_as_their_texts_do(make_backbone, dtype):
         models[0].fit_head(vectors[:, :5], LABELS)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16", "mixed_float16"])
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", *(pytest.param(x, marks=pytest.mark.plain) for x in ("mixed_bfloat16", "mixed_float16"))]
+)
 def test_a_head_on_a_base_of_half_precision_is_trained(make_backbone, dtype):
     classifier = keras_llama.LlamaTextClassifier(make_backbone(dtype=dtype), num_classes=3)
     classifier.compile(keras.optimizers.AdamW(1e-2))
@@ -91,6 +94,7 @@ def test_a_head_on_a_base_of_half_precision_is_trained(make_backbone, dtype):
     assert classifier.get_layer("score").kernel.dtype == "float32"
 
 
+@pytest.mark.plain
 def test_adapters_and_losses_of_ones_own(make):
     classifier = make()
     classifier.enable_lora(rank=2)
@@ -109,6 +113,7 @@ def test_adapters_and_losses_of_ones_own(make):
     assert [weight.path for weight in classifier.trainable_weights] == ["score/kernel"]
 
 
+@pytest.mark.plain
 def test_a_file_keeps_what_is_frozen(make, tmp_path):
     classifier = make()
     classifier.fit_head(IDS, LABELS, epochs=2, verbose=0)
@@ -122,6 +127,7 @@ def test_a_file_keeps_what_is_frozen(make, tmp_path):
     loaded.fit(IDS, LABELS, verbose=0)
 
 
+@pytest.mark.plain
 def test_what_it_does_not_take_is_refused(make, make_backbone, tmp_path):
     class Source(keras.utils.PyDataset):
         def __len__(self):

@@ -19,6 +19,7 @@ def preprocessor(tokenizer):
     return keras_llama.TextPreprocessor(tokenizer, sequence_length=20)
 
 
+@pytest.mark.plain
 def test_ids_mask_and_padding(preprocessor, tokenizer):
     found = preprocessor(["a film", "a good film it is"])
     for row, mask, ids in zip(["a film", "a good film it is"], found["padding_mask"], found["token_ids"], strict=True):
@@ -28,12 +29,14 @@ def test_ids_mask_and_padding(preprocessor, tokenizer):
         assert (ids[len(expected) :] == tokenizer.pad_id).all()
 
 
+@pytest.mark.plain
 def test_lengths_fall_into_few_buckets():
     lengths = [bucket(n) for n in range(1, 2000)]
     assert all(n <= length < 1.5 * n + 8 for n, length in enumerate(lengths, 1))
     assert len(set(lengths)) <= 17
 
 
+@pytest.mark.plain
 def test_truncation_is_counted_and_warned_of(tokenizer):
     preprocessor = keras_llama.TextPreprocessor(tokenizer, sequence_length=5, add_eos=True)
     texts = ["a", "qwxzqwxzqwxz", "a good film and more"]
@@ -46,6 +49,7 @@ def test_truncation_is_counted_and_warned_of(tokenizer):
     assert all(row[-1] == tokenizer.eos_id for row in rows)
 
 
+@pytest.mark.plain
 def test_a_vocabulary_without_an_end_adds_none_to_what_is_cut(tokenizer, monkeypatch):
     monkeypatch.setattr(keras_llama.SentencePieceTokenizer, "eos_id", -1)
     rows = keras_llama.TextPreprocessor(tokenizer, 5, add_eos=True).encode(["a good film " * 9], cut=Counter())
@@ -53,12 +57,14 @@ def test_a_vocabulary_without_an_end_adds_none_to_what_is_cut(tokenizer, monkeyp
     assert min(rows[0]) >= 0
 
 
+@pytest.mark.plain
 def test_nothing_is_warned_of_when_nothing_is_cut(preprocessor):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         preprocessor.encode(["a film"])
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("length", [0, 1, -3, 2.5, True, None])
 def test_refuses_a_bad_sequence_length(tokenizer, length):
     with pytest.raises(ValueError, match="`sequence_length` must be an integer above 1"):
@@ -77,12 +83,14 @@ BAD_TEXTS = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("texts", BAD_TEXTS)
 def test_refuses_what_is_no_text(texts):
     with pytest.raises(ValueError, match=BAD_TEXTS[texts]):
         check_texts(list(texts) if isinstance(texts, tuple) else texts)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("texts", [("a", "b"), np.array(["a", "b"]), np.array(["a", "b"], object), [b"a", "b"]])
 def test_takes_lists_tuples_and_arrays(texts):
     assert check_texts(texts) == ["a", "b"]
@@ -100,6 +108,7 @@ def rows_of(data):
     return np.concatenate([data[i][0]["rows"] for i in range(len(data))])
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("seed", [None, 5])
 def test_every_row_comes_once_with_its_target(seed):
     data, _ = batches(seed)
@@ -107,12 +116,14 @@ def test_every_row_comes_once_with_its_target(seed):
     assert all((data[i][0]["rows"] == data[i][1]).all() for i in range(len(data)))
 
 
+@pytest.mark.plain
 def test_without_shuffling_order_says_which_row_comes_where():
     data, lengths = batches()
     assert (rows_of(data) == data.order).all()
     assert (np.diff(lengths[data.order]) <= 0).all()
 
 
+@pytest.mark.plain
 def test_shuffling_depends_on_seed_and_epoch_only():
     first, again, other = batches(5)[0], batches(5)[0], batches(6)[0]
     before = rows_of(first)
@@ -124,6 +135,7 @@ def test_shuffling_depends_on_seed_and_epoch_only():
     assert (rows_of(first) == rows_of(again)).all()
 
 
+@pytest.mark.plain
 def test_a_first_look_at_the_data_is_no_epoch():
     """Keras takes a batch to build the model by and ends the epoch: the order must not move."""
     data, before = batches(5)[0], rows_of(batches(5)[0])
@@ -132,6 +144,7 @@ def test_a_first_look_at_the_data_is_no_epoch():
     assert (rows_of(data) == before).all()
 
 
+@pytest.mark.plain
 def test_shuffled_batches_hold_texts_of_like_length():
     data, lengths = batches(5, rows=400)
     spread = np.mean([np.ptp(lengths[data[i][0]["rows"]]) for i in range(len(data))])
@@ -146,6 +159,7 @@ class Source(keras.utils.PyDataset):
         return [f"text {index}"], [index]
 
 
+@pytest.mark.plain
 def test_streamed_batches_shuffle_and_count_each_batch_once():
     told = []
     data = StreamedBatches(Source(), lambda x, y, cut: cut.update(texts=1) or (x, y), told.append, shuffle_seed=1)

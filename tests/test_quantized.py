@@ -30,12 +30,15 @@ def make(make_backbone):
     return make
 
 
-DTYPES = ["float32", "bfloat16", "int8", "int4"]
-LORA = [False, True]
-BOTH = [(dtype, lora) for dtype in DTYPES for lora in LORA]
+EVERYWHERE = [("int8", False), ("int4", True)]  # what is rounded to eight bits and to four, each once on each backend
+DTYPES = ["float32", "bfloat16", "int8", "int4", "int8 on bfloat16", "int4 on bfloat16"]
+MATRIX = [(dtype, lora) for lora in (False, True) for dtype in DTYPES if lora or "on" not in dtype]
 
 
-@pytest.mark.parametrize(("dtype", "lora"), [*BOTH, ("int8 on bfloat16", True), ("int4 on bfloat16", True)])
+@pytest.mark.parametrize(
+    ("dtype", "lora"),
+    [pytest.param(*case, marks=() if case in EVERYWHERE else pytest.mark.plain) for case in MATRIX],
+)
 @pytest.mark.filterwarnings("ignore:The weights that are trained are bfloat16")
 def test_trained_saved_and_loaded_it_is_the_same(make, dtype, lora, tmp_path):
     lm = make(dtype, lora)
@@ -52,7 +55,7 @@ def test_trained_saved_and_loaded_it_is_the_same(make, dtype, lora, tmp_path):
     np.testing.assert_array_equal(*tokens)
 
 
-@pytest.mark.parametrize(("dtype", "lora"), BOTH)
+@pytest.mark.parametrize(("dtype", "lora"), [("float32", True), ("bfloat16", False), *EVERYWHERE])
 @pytest.mark.slow
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="another backend rounds otherwise")
 @pytest.mark.filterwarnings("ignore:The SavedModel takes token ids")
@@ -78,6 +81,7 @@ def test_the_loss_of_a_quantised_model_is_near_that_of_the_model(make, mode, nea
     assert found["perplexity"] == pytest.approx(np.exp(found["loss"]), rel=1e-4)
 
 
+@pytest.mark.plain
 def test_a_classifier_keeps_its_head_to_be_trained(make_backbone, tmp_path):
     classifier = keras_llama.LlamaTextClassifier(make_backbone(num_layers=1), num_classes=3)
     classifier.quantize("int8")
@@ -91,7 +95,10 @@ def test_a_classifier_keeps_its_head_to_be_trained(make_backbone, tmp_path):
         loaded.unfreeze_base()
 
 
-@pytest.mark.parametrize(("block_size", "name"), [(16, "int4/16"), (None, "int4/-1"), (128, "int4")])
+@pytest.mark.parametrize(
+    ("block_size", "name"),
+    [(16, "int4/16"), *(pytest.param(*case, marks=pytest.mark.plain) for case in [(None, "int4/-1"), (128, "int4")])],
+)
 def test_blocks_of_another_size_are_kept(make_backbone, tmp_path, block_size, name):
     lm = keras_llama.LlamaCausalLM(make_backbone(num_layers=1))
     lm.quantize(config=keras.quantizers.Int4QuantizationConfig(block_size=block_size))
@@ -102,6 +109,7 @@ def test_blocks_of_another_size_are_kept(make_backbone, tmp_path, block_size, na
     np.testing.assert_array_equal(loaded.predict(IDS, verbose=0), lm.predict(IDS, verbose=0))
 
 
+@pytest.mark.plain
 def test_orders_that_are_refused(make_backbone, tmp_path):
     lm = keras_llama.LlamaCausalLM(make_backbone())
     with pytest.raises(ValueError, match=r"`mode` must be one of \['int8', 'int4'\]"):
@@ -157,6 +165,7 @@ def test_calibrated_it_is_saved_and_loaded_and_takes_an_adapter(mode, make, tmp_
     np.testing.assert_array_equal(logits(again), logits(loaded))
 
 
+@pytest.mark.plain
 def test_calibration_reads_texts_by_the_tokenizer_of_the_task(chat_lm, monkeypatch):
     seen = []
     monkeypatch.setattr(keras.Model, "quantize", lambda self, mode, config, filters: seen.append(config.dataset))
@@ -188,6 +197,7 @@ def test_a_calibration_that_is_interrupted_leaves_the_model_as_it_was(make_backb
     lm.quantize("int8")
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("texts", [None, [], ["a text"], [[5, 60]]])
 def test_calibration_without_a_dataset_is_refused(make, texts):
     lm = make("float32", lora=False)

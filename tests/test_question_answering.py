@@ -49,7 +49,7 @@ def compiled(model):
     return model
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("causal", [False, pytest.param(True, marks=pytest.mark.plain)])
 def test_learns_answers_from_strings_and_records(make, causal):
     model = compiled(make(causal=causal))
     history = model.fit(ROWS * 4, epochs=30, batch_size=10, validation_data=(ROWS,), verbose=0).history
@@ -66,6 +66,7 @@ def test_learns_answers_from_strings_and_records(make, causal):
     assert [answer["text"] for answer in model.answer(["Who sat?", "Who slept?"], CAT)] == WANTED[:2]
 
 
+@pytest.mark.plain
 def test_columns_targets_apart_and_streams_train_alike(make):
     class Stream(keras.utils.PyDataset):
         def __len__(self):
@@ -169,6 +170,7 @@ BAD_ROWS = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_refuses_bad_rows_by_their_number(make, case):
     changes, message = BAD_ROWS[case]
@@ -177,6 +179,7 @@ def test_refuses_bad_rows_by_their_number(make, case):
         model.fit([ROWS[0], {**ROWS[1], **changes}], verbose=0)
 
 
+@pytest.mark.plain
 def test_refuses_what_is_no_question(make):
     model = compiled(make())
     for x, message in (
@@ -194,6 +197,7 @@ def test_refuses_what_is_no_question(make):
         model.fit(ROWS, sample_weight=np.ones(5), verbose=0)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -241,6 +245,7 @@ def test_a_window_that_cuts_the_answer_teaches_nothing(texts):
     assert any(target is None for target in targets)
 
 
+@pytest.mark.plain
 def test_an_answer_longer_than_a_window_is_told(make):
     model = compiled(make(length=12))
     long = {"question": "What?", "context": CAT, "answers": [CAT]}
@@ -255,6 +260,7 @@ def test_an_answer_longer_than_a_window_is_told(make):
     assert any("1 of 1 questions were cut to 4 tokens" in message for message in told)
 
 
+@pytest.mark.plain
 def test_a_batch_of_a_stream_without_an_answer_teaches_nothing(make):
     class Stream(keras.utils.PyDataset):
         def __len__(self):
@@ -336,6 +342,7 @@ def test_an_answer_is_of_whole_characters(chat_tokenizer):
     assert best_span(window, logits, 2).end == 5  # the others are longer
 
 
+@pytest.mark.plain
 def test_no_answer_where_its_probability_is_above_the_threshold(make):
     rows = [*ROWS, {"question": "长江发源于哪里？", "context": CAT, "answers": []}]
     rows.append({"question": "Who sat?", "context": RIVER, "answers": ""})
@@ -371,6 +378,7 @@ def test_saved_and_loaded_as_it_was(make, tmp_path):
     keras.saving.load_model(tmp_path / "model.keras").fit(ROWS, verbose=0)  # compiled as before
 
 
+@pytest.mark.plain
 def test_the_head_alone_and_adapters_are_trained(make):
     model = make()
     model.freeze_base()
@@ -383,6 +391,7 @@ def test_the_head_alone_and_adapters_are_trained(make):
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(model.backbone.token_embedding.embeddings), before)
 
 
+@pytest.mark.plain
 def test_memory_is_that_of_a_classifier(make, tokenizer):
     model = make()
     classifier = keras_llama.LlamaTextClassifier(model.backbone, num_classes=2)
@@ -478,6 +487,7 @@ def test_tokens_that_the_question_has_are_told(make):
     assert found[:, 3].any()
 
 
+@pytest.mark.plain
 def test_overlap_is_saved_and_learned(make, tmp_path):
     rows = [{"question": "Who sat on the mat?", "context": CAT, "answers": ["The cat"]}]
     model = make(question_overlap=True)
@@ -493,6 +503,7 @@ def test_overlap_is_saved_and_learned(make, tmp_path):
     assert keras_llama.LlamaQuestionAnswering.from_preset(tmp_path / "preset").answer("Who sat?", CAT) == expected
 
 
+@pytest.mark.plain
 def test_overlap_is_new_on_a_language_model(make, tmp_path, capsys):
     model = make(causal=True)
     keras_llama.LlamaCausalLM(model.backbone, model.preprocessor).save_to_preset(tmp_path)
@@ -522,6 +533,7 @@ def test_overlap_is_trained_with_the_head(make, tmp_path):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("overlap", [True, None, -1, 50, 2.0, "2"])
 def test_overlap_without_a_separator_is_refused(overlap):
     backbone = keras_llama.LlamaBackbone(vocabulary_size=50, **keras_llama.size("tiny"))

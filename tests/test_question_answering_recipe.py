@@ -90,6 +90,7 @@ def test_generates_answers_by_prompts_and_by_chat(squad, chat_lm, tmp_path, caps
     assert [path.name for path in (tmp_path / "asked").iterdir()] == ["metrics.json"]  # nothing was trained
 
 
+@pytest.mark.plain
 def test_prompts_leave_room_for_the_answer(squad, chat_lm, capsys):
     rows = answers.read(squad)[:1]
     args = argparse.Namespace(mode="generative", max_answer_length=8)
@@ -155,7 +156,7 @@ def test_a_language_model_is_made_a_reader_by_the_recipes_settings(squad, chat_l
         assert args.max_answer_length == 48
 
 
-@pytest.mark.slow
+@pytest.mark.plain
 @pytest.mark.usefixtures("not_exported")
 def test_questions_without_an_answer(squad, tmp_path):
     """A reader that always gave one learns to give none."""
@@ -173,7 +174,7 @@ def test_questions_without_an_answer(squad, tmp_path):
     assert report["exact_match"] == 100 * sum(unanswered) / len(unanswered)
 
 
-@pytest.mark.slow
+@pytest.mark.plain
 @pytest.mark.usefixtures("not_exported")
 @pytest.mark.parametrize("trainable", ["lora", "head"])
 def test_trains_little_of_a_checkpoint(squad, chat_lm, tmp_path, trainable, capsys):
@@ -236,6 +237,7 @@ def test_memory_of_the_language_model_before_is_checked(squad, monkeypatch):
         readers.pretrain(args, model, ["a text"])
 
 
+@pytest.mark.plain
 def test_contexts_of_the_test_data_are_not_trained_on(squad, tmp_path, capsys):
     test = write(tmp_path / "test.json", json.loads(squad.read_text())["data"][:5])
     args = question_answering.parser().parse_args(["--data", str(squad), "--test-data", str(test)])
@@ -288,6 +290,7 @@ def test_crops_hold_the_answer_or_nothing_like_it():
     assert not cloze.crops([row], 5)  # shorter than the answer
 
 
+@pytest.mark.plain
 def test_the_default_data_are_questions_with_their_answers():
     rows = answers.read()
     assert len(rows) == 120
@@ -301,6 +304,7 @@ def test_the_default_data_are_questions_with_their_answers():
     assert sum(map(len, parts)) == 30
 
 
+@pytest.mark.plain
 def test_wrong_places_and_answers_are_counted(tmp_path, capsys):
     wrong = [{"text": "the box", "answer_start": 3}, {"text": "the sea", "answer_start": 0}]
     articles = [article("ball", "box", "red", answers=wrong), article("cup", "bag", "red", answers=wrong[1:])]
@@ -313,6 +317,7 @@ def test_wrong_places_and_answers_are_counted(tmp_path, capsys):
     assert [row.question for row in answers.learnable(rows)] == ["Where is the ball?", "Where is the key?"]
 
 
+@pytest.mark.plain
 def test_answers_without_a_place_and_in_columns(tmp_path, capsys):
     columns = {"text": ["the box", "box"], "answer_start": [19, None]}
     articles = [article("ball", "box", "red", answers=columns)]
@@ -323,6 +328,7 @@ def test_answers_without_a_place_and_in_columns(tmp_path, capsys):
     assert "do not stand" not in capsys.readouterr().out
 
 
+@pytest.mark.plain
 def test_the_clause_most_like_the_question_is_the_floor():
     context = "Tom lives in Rome. Ann likes old films, and plays every day. The dog slept in the garden."
     asked = [(question, context) for question in ("Who slept?", "Where does Tom live?")]
@@ -367,6 +373,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_refuses_bad_files_by_file_and_question(tmp_path, capsys, case):
     content, message = BAD_FILES[case]
@@ -376,6 +383,7 @@ def test_refuses_bad_files_by_file_and_question(tmp_path, capsys, case):
     assert message in refused(capsys, "--data", tmp_path / "t.json", "--output-dir", tmp_path / "out")
 
 
+@pytest.mark.plain
 def test_refuses_an_empty_context_and_a_missing_file(tmp_path, capsys):
     broken = {"title": "a", "paragraphs": [{**GOOD["paragraphs"][0], "context": ""}]}
     path = write(tmp_path / "t.json", [broken])
@@ -383,6 +391,7 @@ def test_refuses_an_empty_context_and_a_missing_file(tmp_path, capsys):
     assert "none.json: cannot be read (No such file" in refused(capsys, "--data", tmp_path / "none.json")
 
 
+@pytest.mark.plain
 def test_refuses_before_the_training_what_would_fail_after_it(squad, tmp_path, capsys):
     flags = [*FAST, "--output-dir", tmp_path / "out"]
     asked = ["--mode", "generative", "--max-answer-length", 60]
@@ -404,6 +413,7 @@ BAD_FLAGS = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("flag", BAD_FLAGS)
 def test_refuses_bad_flags(squad, tmp_path, capsys, flag):
     values, message = BAD_FLAGS[flag]

@@ -115,6 +115,7 @@ def test_pretrains_averages_and_goes_on_after_an_interruption(tsv, tmp_path, cap
     assert "precision" in capsys.readouterr().out
 
 
+@pytest.mark.plain
 def test_a_presets_own_labels_and_pooling_stay(tokenizer, make_backbone, tmp_path):
     preprocessor = keras_llama.TextPreprocessor(tokenizer, 16)
     backbone = make_backbone(vocabulary_size=tokenizer.vocabulary_size)
@@ -177,6 +178,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_refuses_bad_files_by_file_and_line(tmp_path, capsys, case):
     name, content, message = BAD_FILES[case]
@@ -184,10 +186,12 @@ def test_refuses_bad_files_by_file_and_line(tmp_path, capsys, case):
     assert message in refused(capsys, "--data", tmp_path / name)
 
 
+@pytest.mark.plain
 def test_refuses_a_missing_file(tmp_path, capsys):
     assert "none.tsv: cannot be read (No such file" in refused(capsys, "--data", tmp_path / "none.tsv")
 
 
+@pytest.mark.plain
 def test_refuses_a_test_label_that_training_lacks(tsv, tmp_path, capsys):
     (tmp_path / "test.tsv").write_text("x\tsport\ny\tart\n")
     assert "test.tsv:2: expected a label of" in refused(capsys, "--data", tsv, "--test-data", tmp_path / "test.tsv")
@@ -211,12 +215,14 @@ BAD_FLAGS = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("flag", BAD_FLAGS)
 def test_refuses_bad_flags(tsv, capsys, flag):
     value, message = BAD_FLAGS[flag]
     assert message in refused(capsys, "--data", tsv, flag, value)
 
 
+@pytest.mark.plain
 def test_refuses_a_preset_of_other_labels_or_without_a_tokenizer(tsv, tmp_path, capsys, tokenizer):
     backbone = keras_llama.LlamaBackbone(vocabulary_size=300, **keras_llama.size("tiny"))
     for preprocessor, message in (
@@ -228,6 +234,7 @@ def test_refuses_a_preset_of_other_labels_or_without_a_tokenizer(tsv, tmp_path, 
         assert message in refused(capsys, "--data", tsv, "--preset", tmp_path / "other.keras")
 
 
+@pytest.mark.plain
 def test_bad_data_are_told_before_keras_starts(tmp_path):
     code = "import sys; from tasks import classification\ntry: classification.main(['--data', 'none.tsv'])\n"
     code += "except SystemExit: print('keras' in sys.modules)"
@@ -235,6 +242,7 @@ def test_bad_data_are_told_before_keras_starts(tmp_path):
     assert done.stdout.strip() == "False"
 
 
+@pytest.mark.plain
 def test_reads_all_formats_alike(tmp_path):
     wanted = [("good, really", "pos"), ('bad "one"', "neg")]
     files = {
@@ -249,6 +257,7 @@ def test_reads_all_formats_alike(tmp_path):
     assert data.labelled_texts(str(tmp_path / "d.csv"))[0][0] == "good really"
 
 
+@pytest.mark.plain
 def test_reviews_are_distinct_consistent_and_split_by_text():
     found = data.review_rows()
     texts = [text for text, *_ in found]
@@ -266,6 +275,7 @@ def resumed(tsv, tmp_path):
     return [*arguments, "--resume", tmp_path / "state"], tmp_path / "state" / "classifier_0" / "training.safetensors"
 
 
+@pytest.mark.plain
 def test_a_resume_directory_of_something_else_is_refused(resumed, tmp_path, capsys):
     arguments, state = resumed
     state.parent.mkdir(parents=True)
@@ -275,7 +285,7 @@ def test_a_resume_directory_of_something_else_is_refused(resumed, tmp_path, caps
     assert not (tmp_path / "out" / "model.keras").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.plain
 @pytest.mark.usefixtures("not_exported")
 def test_a_resume_directory_of_other_data_is_refused(resumed, tmp_path, capsys):
     arguments, state = resumed
@@ -287,6 +297,7 @@ def test_a_resume_directory_of_other_data_is_refused(resumed, tmp_path, capsys):
     assert (state.read_bytes(), (tmp_path / "out" / "model.keras").read_bytes()) == (before, model)
 
 
+@pytest.mark.plain
 def test_a_full_disk_is_told(resumed, tmp_path, capsys, monkeypatch):
     def full(*_):
         raise safetensors.SafetensorError("No space left on device")
@@ -305,6 +316,7 @@ BAD_TEXTS = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD_TEXTS)
 def test_refuses_bad_pretraining_texts(tsv, tmp_path, capsys, case):
     content, message = BAD_TEXTS[case]
@@ -314,6 +326,7 @@ def test_refuses_bad_pretraining_texts(tsv, tmp_path, capsys, case):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("flags", [["--models", "2"], ["--pretrain-epochs", "1"]])
 def test_a_preset_has_its_weights(tsv, capsys, flags):
     assert "are for a model from scratch" in refused(capsys, "--data", tsv, "--preset", "some.keras", *flags)
@@ -366,6 +379,7 @@ def test_the_report_is_written_before_anything_is_delivered(tsv, classifier, tmp
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["task"] == "classification"
 
 
+@pytest.mark.plain
 def test_tensorboard_must_be_there(tsv, capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
@@ -373,16 +387,19 @@ def test_tensorboard_must_be_there(tsv, capsys, monkeypatch):
     assert "--tensorboard needs TensorBoard: pip install tensorboard" in capsys.readouterr().err
 
 
+@pytest.mark.plain
 def test_pretraining_data_need_epochs(tsv, capsys):
     assert "--pretrain-data needs --pretrain-epochs" in refused(capsys, "--data", tsv, "--pretrain-data", tsv)
 
 
+@pytest.mark.plain
 def test_training_rows_that_stand_in_the_test_are_left_out(capsys):
     train = [("a", "x", "1"), ("b", "x", "2"), ("a", "x", "3"), ("c", "y", "4")]
     assert data.distinct(train, [("b", "x", "t")]) == [("a", "x", "1"), ("c", "y", "4")]
     assert "2 training rows left out" in capsys.readouterr().out
 
 
+@pytest.mark.plain
 def test_balanced_weights_make_classes_count_alike():
     labels = ["a"] * 6 + ["b"] * 2 + ["c"]
     weights = classifiers.balanced(labels)
@@ -404,6 +421,8 @@ def test_a_confusion_matrix_is_drawn_with_chinese_names(tmp_path, recwarn, monke
 
     monkeypatch.setattr(figure.Figure, "savefig", watched)
     monkeypatch.setattr(plots, "CHINESE_FONTS", fonts)
+@pytest.mark.plain
+def test_a_confusion_matrix_is_drawn_with_chinese_names(tmp_path, recwarn):
     plots.confusion(tmp_path / "confusion.png", ["体育", "财经"], np.array([[8, 2], [0, 0]]))
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert not [w for w in recwarn if "Glyph" in str(w.message)]  # what matplotlib says of a box
@@ -412,6 +431,7 @@ def test_a_confusion_matrix_is_drawn_with_chinese_names(tmp_path, recwarn, monke
     assert labels == (["体育", "财经"] if fonts else [r"\u4f53\u80b2", r"\u8d22\u7ecf"])
 
 
+@pytest.mark.plain
 def test_equal_texts_stay_on_one_side():
     repeated = [(f"text {i % 30}", "a", "") for i in range(120)]
     train, test = common.split(repeated, 0.2)
@@ -419,18 +439,21 @@ def test_equal_texts_stay_on_one_side():
     assert len(test) == 24
 
 
+@pytest.mark.plain
 def test_the_baseline_learns():
     table = [(text, label, "") for text, label in rows(60)]
     assert baselines.linear_classifier(table[:40], table[40:]) == 1.0
     assert baselines.linear_classifier(table[:40], [(text, "tech", "") for text, *_ in table[40:]]) == 0.5
 
 
+@pytest.mark.plain
 def test_news_and_reviews_of_the_shared_data_are_read(shared_data):
     assert len(data.labelled_texts(str(shared_data / "news" / "thucnews" / "dev.txt"))) == 10_000
     assert len(data.labelled_texts(str(shared_data / "news" / "ag_news" / "ag_news_7600.csv"))) == 7_600
     assert len({row[1] for row in data.labelled_texts(str(shared_data / "sentiment/chnsenticorp/dev.tsv"))}) == 2
 
 
+@pytest.mark.plain
 def test_labels_are_text_or_numbers(tmp_path):
     path = tmp_path / "train.jsonl"
     for label in ("null", '["a"]', "true"):
@@ -439,6 +462,7 @@ def test_labels_are_text_or_numbers(tmp_path):
             data.labelled_texts(str(path))
 
 
+@pytest.mark.plain
 def test_a_csv_field_that_is_too_long_is_named(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("text,label\n" + "x" * 200_000 + ",a\n")
@@ -446,6 +470,7 @@ def test_a_csv_field_that_is_too_long_is_named(tmp_path):
         data.labelled_texts(str(path))
 
 
+@pytest.mark.plain
 def test_a_place_that_cannot_be_written_to_is_told_before_training(tsv, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for wrong in (["--output-dir", str(tmp_path / "file")], ["--report", str(tmp_path / "file" / "r.json")]):
@@ -455,6 +480,7 @@ def test_a_place_that_cannot_be_written_to_is_told_before_training(tsv, tmp_path
         assert "cannot be made a directory" in capsys.readouterr().err
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("flag", [["--weight-decay", "nan"], ["--learning-rate", "inf"], ["--dropout", "1"]])
 def test_numbers_that_cannot_train_are_refused(tsv, flag):
     with pytest.raises(SystemExit) as left:
@@ -462,6 +488,7 @@ def test_numbers_that_cannot_train_are_refused(tsv, flag):
     assert left.value.code == 2
 
 
+@pytest.mark.plain
 def test_a_label_that_only_the_held_out_rows_have_is_known(tmp_path):
     path = tmp_path / "train.tsv"
     path.write_text("".join(f"text {i}\tlabel{i % 12}\n" for i in range(120)))
@@ -470,6 +497,7 @@ def test_a_label_that_only_the_held_out_rows_have_is_known(tmp_path):
     assert len(labels) == 12
 
 
+@pytest.mark.plain
 def test_muon_turns_matrices_alone(rng):
     backbone = keras_llama.LlamaBackbone(vocabulary_size=30, **keras_llama.size("tiny"))
     classifier = keras_llama.LlamaTextClassifier(backbone, num_classes=3)

@@ -83,6 +83,7 @@ def test_temperature_zero_takes_the_most_likely_whatever_the_number():
         assert ops.convert_to_numpy(ids).tolist() == LOGITS.argmax(axis=1).tolist()
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     "wrong",
     [

@@ -189,6 +189,7 @@ def test_recorded_weights_are_those_of_attention(make, inputs):
     assert nothing == []
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("shared", [True, False])
 def test_embeddings_are_shared_or_apart(make, shared):
     backbone = make(share_embeddings=shared)
@@ -197,7 +198,13 @@ def test_embeddings_are_shared_or_apart(make, shared):
     assert sorted(names) == [*own, "token_embedding/embeddings"]
 
 
-@pytest.mark.parametrize("changes", [{}, {"share_embeddings": False, "num_encoder_layers": 1, "attention_bias": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, marks=pytest.mark.plain),
+        {"share_embeddings": False, "num_encoder_layers": 1, "attention_bias": True},
+    ],
+)
 def test_files_bring_it_back(make, inputs, tmp_path, changes):
     backbone = make(**changes)
     expected = run(backbone, inputs)
@@ -211,6 +218,7 @@ def test_files_bring_it_back(make, inputs, tmp_path, changes):
     assert np.array_equal(run(fresh, inputs), expected)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("shared", [True, False])
 def test_starts_from_a_decoder(make_backbone, shared):
     decoder = make_backbone()
@@ -229,6 +237,7 @@ def test_starts_from_a_decoder(make_backbone, shared):
         assert np.array_equal(ours["encoder_token_embedding/embeddings"], theirs["token_embedding/embeddings"])
 
 
+@pytest.mark.plain
 def test_a_checkpoint_whose_heads_do_not_divide_is_refused(make_backbone, tmp_path):
     import json
 
@@ -248,6 +257,7 @@ BAD = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD)
 def test_refuses_bad_arguments(case):
     changes, message = BAD[case]
@@ -255,6 +265,7 @@ def test_refuses_bad_arguments(case):
         keras_llama.LlamaSeq2SeqBackbone(**{"vocabulary_size": 60, **TINY, **changes})
 
 
+@pytest.mark.plain
 def test_refuses_targets_that_do_not_belong_to_sources(make, inputs):
     fewer = {name: value[:1] if name.startswith("decoder") else value for name, value in inputs.items()}
     with pytest.raises(ValueError, match=r"as many targets as sources.*targets=1, sources=2"):

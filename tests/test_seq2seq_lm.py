@@ -156,6 +156,7 @@ def test_label_smoothing_is_cross_entropy_with_smoothed_targets(rng, smoothing):
     assert found == pytest.approx((entropy * weights).sum() / weights.sum(), rel=1e-5)
 
 
+@pytest.mark.plain
 def test_streams_of_pairs_and_held_out_rows(tokenizer):
     class Pairs(keras.utils.PyDataset):
         def __len__(self):
@@ -181,7 +182,7 @@ def test_alignment_is_a_distribution_over_the_source(trained):
     np.testing.assert_allclose(weights.sum(-1), 1, atol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.plain)])
 def test_files_bring_it_back(tokenizer, tmp_path, tied):
     model = make(tokenizer, tied=tied, label_smoothing=0.2)
     model.compile()
@@ -207,6 +208,7 @@ def test_files_bring_it_back(tokenizer, tmp_path, tied):
         keras_llama.save_checkpoint(model, tmp_path / "other")
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("tied", [True, False])
 def test_starts_from_a_language_model(chat_lm, make_backbone, tied):
     backbone = make_backbone(vocabulary_size=chat_lm.backbone.config.vocabulary_size, tie_word_embeddings=tied)
@@ -227,7 +229,7 @@ def test_starts_from_a_language_model(chat_lm, make_backbone, tied):
         keras_llama.LlamaSeq2SeqLM(backbone)
 
 
-@pytest.mark.parametrize("targets", ["cross_attention/", "all-linear"])
+@pytest.mark.parametrize("targets", [pytest.param("cross_attention/", marks=pytest.mark.plain), "all-linear"])
 def test_an_adapter_beside_both_halves(tokenizer, tmp_path, targets):
     """Trained, saved, written and read again, merged: the frozen base and the same numbers each time."""
     model, again = make(tokenizer), make(tokenizer)
@@ -254,6 +256,7 @@ def test_an_adapter_beside_both_halves(tokenizer, tmp_path, targets):
     np.testing.assert_allclose(model.predict(inputs, verbose=0), adapted, atol=1e-4)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("jit", [False, True])
 def test_batches_are_padded_no_more_than_need_be(trained, jit):
     trained.compile(jit_compile=jit)
@@ -299,6 +302,7 @@ BAD_PAIRS = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD_PAIRS)
 def test_refuses_bad_pairs(random, case):
     x, y, message = BAD_PAIRS[case]
@@ -307,6 +311,7 @@ def test_refuses_bad_pairs(random, case):
         random.fit(x, y, verbose=0)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize(
     ("sources", "options", "message"),
     [
@@ -327,6 +332,7 @@ def test_refuses_bad_settings(random, sources, options, message):
         random.generate(sources, **options)
 
 
+@pytest.mark.plain
 def test_refuses_bad_options(tokenizer):
     for smoothing in (-0.1, 1.0, "much"):
         with pytest.raises(ValueError, match="`label_smoothing` must"):
@@ -336,6 +342,7 @@ def test_refuses_bad_options(tokenizer):
         model.generate([[5, 6]], 4)
 
 
+@pytest.mark.plain
 def test_scores_are_those_of_sacrebleu():
     translations, references = ["我喜欢Tim茶，你呢？", "你好"], [["我喜欢Tom喝茶", "我爱茶，你呢？"], "你好"]
     scores = keras_llama.translation_scores(translations, references)
@@ -352,6 +359,7 @@ def test_scores_are_those_of_sacrebleu():
         keras_llama.TranslationScores(list, ["a"], ["a"], every=0)
 
 
+@pytest.mark.plain
 def test_scores_are_metrics_of_an_epoch(trained, capsys):
     callback = keras_llama.TranslationScores(trained.generate, SOURCES[:4], TARGETS[:4], every=2, samples=1)
     trained.compile(keras.optimizers.SGD(0.0))

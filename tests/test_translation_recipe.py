@@ -90,6 +90,7 @@ def test_a_decoder_from_scratch_cuts_what_is_too_long(pairs, tmp_path):
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["rows"]["test"] == 11
 
 
+@pytest.mark.plain
 def test_the_default_data_are_pairs_of_interface_text():
     rows = data.interface_rows()
     assert len(rows) > 3000
@@ -97,6 +98,7 @@ def test_the_default_data_are_pairs_of_interface_text():
     assert ("Files", "文件", "jupyterlab_language_pack_zh_CN") in rows
 
 
+@pytest.mark.plain
 def test_the_nearest_sentence_is_the_floor():
     train = [("a red ball", "红球"), ("the weather is fine", "天气很好")]
     assert baselines.nearest_translations(train, ["the weather was fine", "red balls"]) == ["天气很好", "红球"]
@@ -125,6 +127,7 @@ BAD_FILES = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD_FILES)
 def test_refuses_bad_files_by_file_and_line(tmp_path, capsys, case):
     name, content, message = BAD_FILES[case]
@@ -142,6 +145,7 @@ BAD_FLAGS = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("flag", BAD_FLAGS)
 def test_refuses_bad_flags(pairs, tmp_path, capsys, flag):
     value, message = BAD_FLAGS[flag]

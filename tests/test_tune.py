@@ -138,7 +138,7 @@ def test_an_error_ends_the_search(arguments, monkeypatch):
         tune.main([*arguments, "--trials", "4"])
 
 
-@pytest.mark.slow
+@pytest.mark.plain
 def test_trains_on_folds(arguments, tmp_path):
     tune.main([*arguments, "--trials", "1", "--folds", "2", "--learning-rate", "0.005"])
     (first,) = result(tmp_path)["trials"]
