@@ -408,6 +408,7 @@ def test_balanced_weights_make_classes_count_alike():
     assert np.mean(weights) == pytest.approx(1)
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("fonts", [plots.CHINESE_FONTS, ()], ids=["a font", "no font"])
 def test_a_confusion_matrix_is_drawn_with_chinese_names(tmp_path, recwarn, monkeypatch, fonts):
     """Or with their numbers where no font has them, but never with boxes."""
@@ -421,8 +422,6 @@ def test_a_confusion_matrix_is_drawn_with_chinese_names(tmp_path, recwarn, monke
 
     monkeypatch.setattr(figure.Figure, "savefig", watched)
     monkeypatch.setattr(plots, "CHINESE_FONTS", fonts)
-@pytest.mark.plain
-def test_a_confusion_matrix_is_drawn_with_chinese_names(tmp_path, recwarn):
     plots.confusion(tmp_path / "confusion.png", ["体育", "财经"], np.array([[8, 2], [0, 0]]))
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert not [w for w in recwarn if "Glyph" in str(w.message)]  # what matplotlib says of a box
