@@ -212,10 +212,11 @@ def test_an_image_encoder_that_is_frozen_still_runs(make_backbone):
         layers = [keras.layers.Conv2D(channels, 1), keras.layers.Conv2D(8, 32, strides=32)]
         encoder = keras.Sequential([keras.Input((64, 64, 3)), *layers])
         encoder.trainable = False
-        return keras_llama.estimate_memory(keras_llama.LlamaImageCaptioner(make_backbone(), encoder), 8, 8).peak
+        estimate = keras_llama.estimate_memory(keras_llama.LlamaImageCaptioner(make_backbone(), encoder), 8, 8)
+        return estimate.peak - estimate.weights
 
-    more = 8 * 4 * 64 * 64 * 100
-    assert more < peak(200) - peak(100) < 1.2 * more
+    more = 8 * 4 * 64 * 64 * 100  # that the first layer gives
+    assert more <= peak(300) - peak(200) < 1.3 * more
 
 
 @pytest.mark.plain
