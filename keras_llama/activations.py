@@ -14,7 +14,6 @@ import keras
 import numpy as np
 
 from keras_llama import backend
-from keras_llama.config import LlamaConfig
 
 REAL = 4  # bytes of a float32
 
@@ -54,7 +53,7 @@ class Pass:
     """
 
     blocks: list[Any]
-    config: LlamaConfig
+    config: Any
     dtype: str
     rows: int
     length: int
