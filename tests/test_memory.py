@@ -196,6 +196,17 @@ def test_what_stands_before_the_last_gradient_keeps_nothing(make_task):
     assert activations(make_task("captioner", projected)) > 0  # the projector is in front of all blocks
 
 
+@pytest.mark.plain
+def test_vectors_in_front_of_a_frozen_base_need_its_gradient(make_backbone):
+    plain, overlapped = (
+        keras_llama.LlamaQuestionAnswering(make_backbone(causal=False), question_overlap=overlap)
+        for overlap in (False, 2)
+    )
+    plain.freeze_base()
+    overlapped.freeze_base()
+    assert activations(plain) == 0 < activations(overlapped)
+
+
 def test_patches_are_tokens_and_an_image_encoder_that_is_trained_keeps_its_layers(make_task):
     few, many, texts = make_task("captioner"), make_task("captioner", patches=8), make_task("lm")
     assert activations(texts, 8, 16 + 64) < activations(many, 8, 16) < 2 * activations(texts, 8, 16 + 64)
