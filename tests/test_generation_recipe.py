@@ -168,6 +168,8 @@ FACTS = {
 }
 
 
+# For `make test QUICK=`: on TensorFlow the first 4 of the 30 blocks alone take a minute, and learn 3 of the answers.
+@pytest.mark.long
 @pytest.mark.slow
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="XLA that does not optimise, as in tests, is too slow")
 def test_a_checkpoint_learns_twenty_answers_and_where_they_stop(tmp_path):
