@@ -189,7 +189,7 @@ def compile_options(model: Any, args: argparse.Namespace, rows: int, epochs: int
     steps = (epochs or args.epochs) * -(-rows // args.batch_size)
     warming = max(1, steps // 10)
     rate = keras.optimizers.schedules.CosineDecay(
-        0.0,
+        args.learning_rate / (warming + 1),  # not 0, by which the first step, and so a single one, would change nothing
         decay_steps=max(1, steps - warming),  # counted from the end of the warm-up
         alpha=0.05,
         warmup_target=args.learning_rate,

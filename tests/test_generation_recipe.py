@@ -126,14 +126,15 @@ def test_preview_shows_what_is_learned_and_trains_nothing(dialogues, chat_lm, tm
 
 @pytest.mark.plain
 @pytest.mark.parametrize("packing", [True, False])
-def test_the_schedule_ends_with_the_training(dialogues, chat_lm, tmp_path, packing, monkeypatch):
+def test_the_schedule_begins_and_ends_with_the_training(dialogues, chat_lm, tmp_path, packing, monkeypatch):
     """Packed rows are fewer, and so are the steps."""
     steps = []
 
     def watched(lm, output):
         steps.append(int(keras.ops.convert_to_numpy(lm.optimizer.iterations)))
         schedule = lm.optimizer._learning_rate
-        last, end, behind = (float(schedule(steps[0] + more)) for more in (-1, 0, 1))
+        first, last, end, behind = (float(schedule(step)) for step in (0, *(steps[0] + more for more in (-1, 0, 1))))
+        assert 0 < first < 0.001
         assert last > end == behind == pytest.approx(0.05 * 0.001)
 
     monkeypatch.setattr(delivery, "preset", watched)
