@@ -112,6 +112,7 @@ def connected(twice):
     return keras.Model(image, keras.layers.Add()([second if twice else first, second]))
 
 
+@pytest.mark.plain
 def test_a_training_goes_on_with_layers_of_other_automatic_names(tokenizer, tmp_path):
     def fit(encoder, epochs):
         model = make(tokenizer, encoder)
@@ -213,6 +214,7 @@ def test_gradients_reach_what_is_trained_and_nothing_else(tokenizer, frozen):
         assert any(ops.convert_to_numpy(w).any() for w in model.trainable_weights if w.path.endswith("lora_b"))
 
 
+@pytest.mark.plain
 def test_augmentation_changes_training_alone(tokenizer, tmp_path):
     layers = [keras.layers.RandomFlip("horizontal"), keras.layers.RandomRotation(0.1)]
     layers += [keras.layers.RandomCrop(12, 12), keras.layers.Resizing(16, 16)]
@@ -232,6 +234,7 @@ def test_augmentation_changes_training_alone(tokenizer, tmp_path):
         augment(layers[2:3], ({"images": images},), [0])
 
 
+@pytest.mark.plain
 def test_what_is_drawn_depends_on_the_seed_alone():
     layers = [keras.layers.RandomFlip("horizontal"), keras.layers.RandomRotation(0.1)]
     ((first,), (same,), (other,)) = (augment(layers, ({"images": noise(4)},), [0, 0, i]) for i in (0, 0, 1))
@@ -249,6 +252,7 @@ for model in keras.saving.load_model(folder + "/a.keras"), keras_llama.LlamaImag
 """
 
 
+@pytest.mark.plain
 def test_files_bring_it_back_in_a_fresh_process(trained, tmp_path, run_python):
     images, columns = plain_images(), {"images": plain_images(), "captions": CAPTIONS}
     np.savez(tmp_path / "given.npz", **columns)
@@ -283,6 +287,7 @@ def test_a_transformer_and_a_tied_head_come_back_too(tokenizer, tmp_path):
         assert np.array_equal(mine, theirs)
 
 
+@pytest.mark.plain
 def test_a_frozen_encoder_and_adapters_come_back_so(tokenizer, tmp_path):
     vit = keras_llama.vit_encoder(16, 8, width=8, num_layers=1, num_heads=2)
     vit.trainable = False
@@ -303,6 +308,7 @@ def test_a_frozen_encoder_and_adapters_come_back_so(tokenizer, tmp_path):
     np.testing.assert_allclose(other.predict(columns, verbose=0), expected, atol=1e-5)
 
 
+@pytest.mark.plain
 def test_a_text_checkpoint_is_the_decoder(chat_lm, tmp_path, capsys):
     chat_lm.save_to_preset(tmp_path / "preset")
     encoder = keras_llama.convolutional_encoder(16, (8, 8))
@@ -320,7 +326,7 @@ def test_a_text_checkpoint_is_the_decoder(chat_lm, tmp_path, capsys):
         keras_llama.LlamaImageCaptioner.from_preset(tmp_path / "preset")
 
 
-@pytest.mark.slow
+@pytest.mark.plain
 @pytest.mark.parametrize("name", ["MobileNetV2", "ResNetBackbone", "ViTBackbone"])
 @pytest.mark.filterwarnings("ignore")  # of the packages about themselves
 def test_encoders_of_keras_applications_and_of_kerashub(tokenizer, tmp_path, name):
@@ -455,6 +461,7 @@ def test_an_image_that_stands_in_a_list_several_times_is_held_once(tmp_path):
     assert len({image.tobytes() for image in read_images(larger, (16, 16))}) == 6
 
 
+@pytest.mark.plain
 def test_captions_of_one_image_are_trained_beside_it(random):
     first, second = noise(2)
     images = [first, second, first, second]
@@ -521,14 +528,18 @@ def test_the_graph_refuses_bad_images(case):
         graph_images.read(tf.constant([BAD_IMAGES[case][0]()]), (8, 8))
 
 
+@needs_tensorflow
 @pytest.mark.filterwarnings("ignore:The SavedModel takes token ids")
-def test_a_fresh_process_captions_files(random, tmp_path):
+def test_a_fresh_process_reads_files_and_the_graph_captions_them(random, tmp_path):
+    import tensorflow as tf
+
     files = {"a.jpg": KINDS["orientation 6"](), "b.png": KINDS["a palette"](), "c.png": KINDS["one pixel"]()}
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     paths = [str(tmp_path / name) for name in files]
     random.export(tmp_path / "served")
-    answer = delivery.serve(tmp_path / "served", paths, "--files")
+    served = tf.saved_model.load(str(tmp_path / "served")).signatures["serving_default"]
+    found = served(tf.constant(list(files.values())))["texts"].numpy()
     ids = np.array([[1, 5, 6]] * 3, "int32")
     inputs = {"images": paths, "token_ids": ids, "padding_mask": np.ones_like(ids)}
     logits = delivery.served_logits(tmp_path / "served", inputs, "--files")
@@ -536,7 +547,7 @@ def test_a_fresh_process_captions_files(random, tmp_path):
     assert np.abs(logits - random.predict(inputs, verbose=0)).max() < 0.02 * np.ptp(logits)
     expected = random.generate(paths)
     assert len(set(expected)) > 1
-    clean = [text.replace("\ufffd", "") for text in answer["texts"]]
+    clean = [text.decode().replace("\ufffd", "") for text in found]
     assert clean == [text.replace("\ufffd", "") for text in expected]
 
 
@@ -558,6 +569,7 @@ def test_signatures_of_logits_and_of_token_ids(random, tmp_path):
         random.export(tmp_path / "model.onnx", format="onnx")
 
 
+@pytest.mark.plain
 def test_a_quantised_captioner_comes_back(trained, tokenizer, tmp_path):
     model = make(tokenizer)
     model.set_weights(trained.get_weights())
@@ -577,6 +589,7 @@ def test_a_quantised_captioner_comes_back(trained, tokenizer, tmp_path):
     model.fit(images, CAPTIONS, verbose=0)
 
 
+@pytest.mark.plain
 def test_refuses_to_quantise_by_texts_alone(random):
     config = keras.quantizers.GPTQConfig(dataset=CAPTIONS, tokenizer=None, weight_bits=4, group_size=8)
     with pytest.raises(ValueError, match=r"by texts alone, and this decoder reads images.*mode=.gptq"):
@@ -592,6 +605,7 @@ class Pictures(keras.utils.PyDataset):
         return list(noise(4)), CAPTIONS
 
 
+@pytest.mark.plain
 def test_streams_and_held_out_rows(tokenizer):
     model = make(tokenizer)
     model.compile(keras.optimizers.Adam(1e-2))
@@ -609,6 +623,7 @@ BAD_ROWS = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD_ROWS)
 def test_refuses_bad_rows(random, case):
     random.compile()
@@ -620,6 +635,7 @@ class Unbuilt(keras.Model):
     """An encoder that no one has told the size of its images."""
 
 
+@pytest.mark.plain
 def test_refuses_bad_parts(tokenizer):
     open_size = keras.Sequential([keras.Input((None, None, 3)), keras.layers.Conv2D(4, 3)])
     grey = keras.Sequential([keras.Input((16, 16, 1)), keras.layers.Conv2D(4, 3)])

@@ -9,15 +9,16 @@ import keras_llama
 from keras_llama.batches import pack
 
 TEXTS = ["a good film", "a bad film it is", "很好的电影", "what", "what a film it is what a film", "很差", "a"]
+SMALL = {**keras_llama.size("tiny"), "num_layers": 1}
 
 
 def language_model(tokenizer, **options):
-    backbone = keras_llama.LlamaBackbone(vocabulary_size=300, **keras_llama.size("tiny"))
+    backbone = keras_llama.LlamaBackbone(vocabulary_size=300, **SMALL)
     return keras_llama.LlamaCausalLM(backbone, keras_llama.TextPreprocessor(tokenizer, 24, add_eos=True))
 
 
 def translator(tokenizer):
-    backbone = keras_llama.LlamaSeq2SeqBackbone(vocabulary_size=300, **keras_llama.size("tiny"))
+    backbone = keras_llama.LlamaSeq2SeqBackbone(vocabulary_size=300, **SMALL)
     return keras_llama.LlamaSeq2SeqLM(backbone, keras_llama.TextPreprocessor(tokenizer, 24))
 
 
@@ -36,7 +37,9 @@ def one_step(make, tokenizer, *data, **options):
     ("make", "data"),
     [
         (language_model, (TEXTS,)),
-        (language_model, ([{"prompt": text, "response": " it is"} for text in TEXTS],)),
+        pytest.param(
+            language_model, ([{"prompt": text, "response": " it is"} for text in TEXTS],), marks=pytest.mark.plain
+        ),
         (translator, (TEXTS, TEXTS[::-1])),
     ],
     ids=["texts", "dialogues", "pairs"],
@@ -50,6 +53,7 @@ def test_packed_rows_train_as_their_texts_do(tokenizer, make, data):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.plain
 def test_each_text_stands_in_one_row_and_little_is_padded(rng):
     texts = [rng.integers(1, 99, n) for n in rng.integers(1, 30, 500)]
     packed = pack({"token_ids": texts, "trained": [row % 2 for row in texts]}, ("",), 64)
@@ -62,6 +66,7 @@ def test_each_text_stands_in_one_row_and_little_is_padded(rng):
     assert sum(map(len, texts)) > 0.97 * 64 * len(packed["token_ids"])
 
 
+@pytest.mark.plain
 def test_both_sides_fit_and_belong_together(rng):
     sizes = rng.integers(1, 30, (300, 2))
     columns = {f"{side}token_ids": [np.full(n, i) for i, n in enumerate(sizes[:, k])] for k, side in enumerate("ab")}
@@ -71,6 +76,7 @@ def test_both_sides_fit_and_belong_together(rng):
         assert [a[a_mask == n][0] for n in np.unique(a_mask)] == [b[b_mask == n][0] for n in np.unique(b_mask)]
 
 
+@pytest.mark.plain
 def test_a_dataset_is_packed_batch_by_batch(tokenizer):
     class Dataset(keras.utils.PyDataset):
         def __len__(self):
@@ -93,6 +99,7 @@ def test_a_dataset_is_packed_batch_by_batch(tokenizer):
     assert min(seen) > 1
 
 
+@pytest.mark.plain
 def test_what_cannot_be_packed_is_refused(tokenizer):
     model = language_model(tokenizer)
     model.compile()

@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import re
 import resource
 import signal
 import tracemalloc
@@ -65,6 +64,7 @@ def run(stories, tmp_path_factory):
     return output, printed.getvalue(), report_of(output)
 
 
+@pytest.mark.plain
 def test_trains_measures_shows_and_saves(run, stories):
     output, printed, report = run
     assert report["task"] == "pretraining"
@@ -87,6 +87,7 @@ def reopened(output):
     return keras_llama.LlamaCausalLM.from_preset(output / "preset")
 
 
+@pytest.mark.plain
 def test_bits_per_byte_are_those_of_the_texts_held_out(run, stories):
     """Text by text, by `score`, which knows nothing of rows."""
     output, _, report = run
@@ -100,6 +101,7 @@ def test_bits_per_byte_are_those_of_the_texts_held_out(run, stories):
     assert report["perplexity"] == pytest.approx(math.exp(nats / sum(len(row) - 1 for row in rows)), rel=1e-4)
 
 
+@pytest.mark.plain
 def test_transformers_reads_the_result(run):
     import torch
     import transformers
@@ -114,7 +116,7 @@ def test_transformers_reads_the_result(run):
     assert transformers.AutoTokenizer.from_pretrained(output / "preset")(STORIES[0])["input_ids"] == ids[0]
 
 
-@pytest.mark.slow
+@pytest.mark.plain
 @pytest.mark.usefixtures("not_exported")
 def test_every_recipe_starts_from_the_preset(run, stories, tmp_path):
     from tasks import classification, generation
@@ -146,42 +148,53 @@ def counted(self, batch, logs=None):
         os.kill(os.getpid(), signal.SIGKILL)
     measured(self, batch, logs)
 pretrainers.Measures.on_train_batch_end = counted
-for output in sys.argv[2].split(","):
-    before = step
-    pretraining.main(["--resume", output + "/state", "--output-dir", output, *sys.argv[3:]])
-    print("steps made:", step - before)
+pretraining.main(sys.argv[2:])
 """
 
 
-def test_a_killed_training_ends_with_the_same_loss(stories, tmp_path, run_python):
-    flags = ["--data", stories, "--steps", "8", "--save-every", "2", *FAST]
-    flags += ["--jit", "off"] if keras.config.backend() == "tensorflow" else []  # XLA would compile three updates
-    step = int(np.random.default_rng().integers(3, 8))  # another in each run
-    print(f"killed at step {step}")
-    killed, unbroken = tmp_path / "killed", tmp_path / "unbroken"
-    done = run_python(KILLED, step, killed, *flags, check=False)
-    assert done.returncode == -signal.SIGKILL
-    made = re.findall(r"steps made: (\d+)", run_python(KILLED, 0, f"{killed},{unbroken}", *flags))
-    assert [*map(int, made)] == [8 - (step - 1) // 2 * 2, 8]
-    one, other = report_of(killed), report_of(unbroken)
-    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
-    assert one["bits_per_byte"] == pytest.approx(other["bits_per_byte"], rel=1e-5)
-    assert len(set(one["loss"])) == 4
-
-
-def test_steps_are_exact_and_more_of_them_go_on_from_the_last_whole_part(stories, tmp_path, monkeypatch):
-    made, validated = [], []
-    ended, fit = pretrainers.Measures.on_train_batch_end, common.fit
+@pytest.fixture
+def made(monkeypatch):
+    """The steps that trainings make from now on."""
+    made, ended = [], pretrainers.Measures.on_train_batch_end
 
     def counted(self, batch, logs=None):
         made.append(batch)
         ended(self, batch, logs)
 
+    monkeypatch.setattr(pretrainers.Measures, "on_train_batch_end", counted)
+    return made
+
+
+def test_a_killed_training_ends_with_the_same_loss(stories, tmp_path, run_python, made):
+    flags = ["--data", stories, "--steps", "8", "--save-every", "2"]
+    flags += ["--jit", "off"] if keras.config.backend() == "tensorflow" else []  # XLA would compile three updates
+    step = int(np.random.default_rng().integers(3, 8))  # another in each run
+    print(f"killed at step {step}")
+    killed, unbroken = (
+        [*flags, "--resume", tmp_path / name / "state", "--output-dir", tmp_path / name]
+        for name in ("killed", "unbroken")
+    )
+    done = run_python(KILLED, step, *killed, *FAST, check=False)
+    assert done.returncode == -signal.SIGKILL
+    pretrained(*killed)
+    assert len(made) == 8 - (step - 1) // 2 * 2
+    made.clear()
+    pretrained(*unbroken)
+    assert len(made) == 8
+    one, other = report_of(tmp_path / "killed"), report_of(tmp_path / "unbroken")
+    assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+    assert one["bits_per_byte"] == pytest.approx(other["bits_per_byte"], rel=1e-5)
+    assert len(set(one["loss"])) == 4
+
+
+@pytest.mark.plain
+def test_steps_are_exact_and_more_of_them_go_on_from_the_last_whole_part(stories, tmp_path, monkeypatch, made):
+    validated, fit = [], common.fit
+
     def watched(*arguments, **options):
         validated.append(len(options["validation_data"].spans))
         return fit(*arguments, **options)
 
-    monkeypatch.setattr(pretrainers.Measures, "on_train_batch_end", counted)
     monkeypatch.setattr(common, "fit", watched)
     output = tmp_path / "out"
     flags = ["--data", stories, "--output-dir", output, "--resume", tmp_path / "state", "--save-every", "3"]
@@ -215,6 +228,7 @@ def everything_in(*folders):
     return {path: path.read_bytes() for folder in folders for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.plain
 def test_a_state_of_another_model_or_of_other_data_is_refused(stories, tmp_path, capsys):
     output, state = tmp_path / "out", tmp_path / "state"
     flags = ["--output-dir", output, "--resume", state, "--steps", "2", "--save-every", "2"]
@@ -544,6 +558,7 @@ def test_operations_of_a_token(tied):
     assert pretrainers.flops_of_token(lm, 100) == 6 * weights + 12 * 2 * 4 * 8 * 100
 
 
+@pytest.mark.plain
 def test_a_product_of_matrices_is_measured():
     assert 1e8 < pretrainers.measured_flops("float32", 256) < 1e15
 
@@ -625,6 +640,7 @@ def test_a_poem_by_its_title(tmp_path):
     assert found == [f"{title}\n{content}" for title, content in poems.items()]
 
 
+@pytest.mark.plain
 def test_a_source_may_tell_its_batches_by_epoch(make_backbone, tmp_path):
     """`fit` on a `PyDataset` with `start` and `digest`: other batches in each epoch, and the same after a break."""
 

@@ -13,12 +13,12 @@ given = np.load(folder + "/inputs.npz")
 inputs = {key: given[key] for key in ("token_ids", "padding_mask")}
 for name in sys.argv[2:]:
     if name.endswith(".weights.h5"):
-        model = keras_llama.LlamaBackbone(vocabulary_size=30, **keras_llama.size("tiny"))
+        model = keras_llama.LlamaBackbone(vocabulary_size=30, **{**keras_llama.size("tiny"), "num_layers": 1})
         model.load_weights(f"{folder}/{name}")
     else:
         model = keras.saving.load_model(f"{folder}/{name}")
     np.save(f"{folder}/{name}.npy", model.predict(inputs, verbose=0))
-    if model.compiled:
+    if name in ("classifier.keras", "tied.keras"):
         keras.utils.set_random_seed(1)
         y = None if isinstance(model, keras_llama.LlamaCausalLM) else given["y"]
         np.save(f"{folder}/{name}.losses.npy", model.fit(inputs, y, epochs=2, shuffle=False, verbose=0).history["loss"])
@@ -34,8 +34,11 @@ def inputs(tmp_path, rng):
     return {"token_ids": ids, "padding_mask": mask}
 
 
+SMALL = {**keras_llama.size("tiny"), "num_layers": 1}
+
+
 def backbone(**changes):
-    return keras_llama.LlamaBackbone(vocabulary_size=30, **keras_llama.size("tiny"), **changes)
+    return keras_llama.LlamaBackbone(vocabulary_size=30, **SMALL, **changes)
 
 
 @pytest.mark.xla
@@ -50,12 +53,13 @@ def test_everything_comes_back_bit_equal_and_goes_on_training_where_it_was(tmp_p
     expected, losses = {}, {}
     for name, model in models.items():
         y = np.array([0, 1, 1, 0]) if "classifier" in name else None
-        if "backbone" not in name:
+        trained = name in ("classifier.keras", "tied.keras")
+        if trained:
             model.compile()
             model.fit(inputs, y, epochs=3, verbose=0)
         expected[name] = model.predict(inputs, verbose=0)
         model.save(tmp_path / name)
-        if "backbone" not in name:
+        if trained:
             keras.utils.set_random_seed(1)
             losses[name] = model.fit(inputs, y, epochs=2, shuffle=False, verbose=0).history["loss"]
     models["backbone.keras"].save_weights(tmp_path / "backbone.weights.h5")
@@ -67,8 +71,9 @@ def test_everything_comes_back_bit_equal_and_goes_on_training_where_it_was(tmp_p
         np.testing.assert_allclose(np.load(tmp_path / f"{name}.losses.npy"), values, rtol=1e-6)
 
 
-@pytest.mark.parametrize("other", sorted({"tensorflow", "jax", "torch"} - {keras.config.backend()}))
-def test_another_backend_loads_it(tmp_path, inputs, run_python, other):
+def test_another_backend_loads_it(tmp_path, inputs, run_python):
+    """Each writes for one of the others, and reads what another wrote."""
+    other = {"tensorflow": "jax", "jax": "torch", "torch": "tensorflow"}[keras.config.backend()]
     model = keras_llama.LlamaTextClassifier(backbone(), num_classes=2)
     expected = model.predict(inputs, verbose=0)
     model.save(tmp_path / "model.keras")
@@ -76,6 +81,7 @@ def test_another_backend_loads_it(tmp_path, inputs, run_python, other):
     np.testing.assert_allclose(np.load(tmp_path / "model.keras.npy"), expected, atol=1e-5)
 
 
+@pytest.mark.plain
 def test_the_vocabulary_travels_inside(tmp_path, tokenizer):
     preprocessor = keras_llama.TextPreprocessor(tokenizer, sequence_length=24, add_eos=True)
     model = keras_llama.LlamaTextClassifier(
@@ -91,12 +97,14 @@ def test_the_vocabulary_travels_inside(tmp_path, tokenizer):
     assert (again.preprocessor.add_eos, again.preprocessor.sequence_length, again.labels) == (True, 24, ["bad", "good"])
 
 
+@pytest.mark.plain
 def test_a_task_refuses_h5(tmp_path):
     model = keras_llama.LlamaTextClassifier(backbone(), num_classes=2)
     with pytest.raises(ValueError, match=r"must end in \.keras"):
         model.save(tmp_path / "model.h5")
 
 
+@pytest.mark.plain
 def test_an_interrupted_save_leaves_the_former_file(tmp_path, monkeypatch):
     model = keras_llama.LlamaTextClassifier(backbone(), num_classes=2)
     path = tmp_path / "model.keras"
@@ -114,6 +122,7 @@ def test_an_interrupted_save_leaves_the_former_file(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["model.keras"]
 
 
+@pytest.mark.plain
 def test_overwrite_false_keeps_an_existing_file(tmp_path):
     model = keras_llama.LlamaTextClassifier(backbone(), num_classes=2)
     model.save(tmp_path / "model.keras")

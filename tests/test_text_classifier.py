@@ -50,7 +50,7 @@ def test_a_row_of_padding_alone_gives_finite_logits(make_backbone, pooling):
     assert np.isfinite(logits).all()
 
 
-@pytest.mark.parametrize(("pooling", "causal"), [("last", True), ("mean", False)])
+@pytest.mark.parametrize(("pooling", "causal"), [("last", True), pytest.param("mean", False, marks=pytest.mark.plain)])
 def test_learns_from_raw_strings(make, pooling, causal):
     model = make(labels=["bad", "good"], pooling=pooling, causal=causal)
     model.compile()
@@ -63,6 +63,7 @@ def test_learns_from_raw_strings(make, pooling, causal):
     assert 0.5 < single["score"] <= 1
 
 
+@pytest.mark.plain
 def test_lists_arrays_and_streams_train_alike(make):
     class Stream(keras.utils.PyDataset):
         def __len__(self):
@@ -120,6 +121,7 @@ def test_predictions_come_in_the_order_of_the_texts(make):
     np.testing.assert_allclose(together, alone, atol=1e-5)
 
 
+@pytest.mark.plain
 def test_multi_label(make):
     model = make(labels=["good", "film"], problem_type="multi")
     names = [["good", "film"], ["film"], ["good"], [], ["good", "film"], []] * 4
@@ -134,6 +136,7 @@ def test_multi_label(make):
     assert all(score >= 0.5 for row in model.classify(TEXTS) for score in row["scores"])
 
 
+@pytest.mark.plain
 def test_regression(make):
     model = make(problem_type="regression")
     stars = [5.0, 1.0, 5.0, 1.0, 5.0, 1.0] * 4
@@ -147,6 +150,7 @@ def test_regression(make):
     assert len(two.classify("bad")["score"]) == 2
 
 
+@pytest.mark.plain
 def test_string_losses_mean_logits(make):
     """Each loss by name on logits equals the loss on the probabilities of those logits."""
     model = make(labels=["bad", "good"])
@@ -167,6 +171,7 @@ def test_string_losses_mean_logits(make):
         assert found["accuracy"] == pytest.approx((logits.argmax(-1) == numbers).mean(), abs=1e-6)
 
 
+@pytest.mark.plain
 def test_weights_of_rows_and_classes_count(make):
     model = make(labels=["bad", "good"])
     model.compile(optimizer=keras.optimizers.Adam(3e-3))
@@ -178,11 +183,10 @@ def test_weights_of_rows_and_classes_count(make):
 
 
 # On torch, jit_compile=True is torch.compile, which takes minutes for a training step.
-JITS = [False] if keras.config.backend() == "torch" else [True, False]
+JIT = keras.config.backend() != "torch"
 
 
-@pytest.mark.parametrize("policy", ["mixed_bfloat16", "mixed_float16"])
-@pytest.mark.parametrize("jit", JITS)
+@pytest.mark.parametrize(("policy", "jit"), [("mixed_bfloat16", False), ("mixed_float16", JIT)])
 def test_trains_in_half_precision_with_and_without_jit(tokenizer, policy, jit):
     backbone = keras_llama.LlamaBackbone(
         vocabulary_size=tokenizer.vocabulary_size, **{**keras_llama.size("tiny"), "num_layers": 1}, dtype=policy
@@ -220,6 +224,7 @@ BAD_OPTIONS = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD_OPTIONS)
 def test_refuses_bad_options(make, case):
     options, message = BAD_OPTIONS[case]
@@ -240,6 +245,7 @@ BAD_TARGETS = {
 }
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("case", BAD_TARGETS)
 def test_refuses_bad_targets_before_any_step(make, case):
     model = make(labels=["bad", "good"])
@@ -250,6 +256,7 @@ def test_refuses_bad_targets_before_any_step(make, case):
     assert int(model.optimizer.iterations) == 0
 
 
+@pytest.mark.plain
 def test_one_class_may_be_evaluated(make):
     model = make(labels=["bad", "good"])
     model.compile()
@@ -259,6 +266,7 @@ def test_one_class_may_be_evaluated(make):
 BAD_TEXTS = ([], ["a", ""], ["a", None], ["a", 3], "a")
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("texts", BAD_TEXTS, ids=repr)
 def test_refuses_bad_texts_everywhere(make, texts):
     model = make(num_classes=2)
@@ -272,6 +280,7 @@ def test_refuses_bad_texts_everywhere(make, texts):
             model.classify(texts)
 
 
+@pytest.mark.plain
 def test_refuses_a_vocabulary_larger_than_the_backbone(tokenizer):
     backbone = keras_llama.LlamaBackbone(vocabulary_size=50, **keras_llama.size("tiny"))
     with pytest.raises(ValueError, match=r"at least the tokenizer's.*vocabulary_size=50"):
@@ -280,11 +289,13 @@ def test_refuses_a_vocabulary_larger_than_the_backbone(tokenizer):
         )
 
 
+@pytest.mark.plain
 def test_refuses_a_loss_on_probabilities(make):
     with pytest.raises(ValueError, match="from_logits=True"):
         make(num_classes=2).compile(loss=keras.losses.SparseCategoricalCrossentropy())
 
 
+@pytest.mark.plain
 def test_refuses_bad_sample_weights_and_splits(make):
     model = make(num_classes=2)
     model.compile()
@@ -363,6 +374,7 @@ def test_a_tf_data_set_of_ones_own_is_taken_as_it_is(make_backbone, tmp_path):
         classifier.fit(dataset, validation_split=0.5)
 
 
+@pytest.mark.plain
 def test_multi_label_rows_are_the_same_as_lists_and_as_an_array(make_backbone):
     classifier = keras_llama.LlamaTextClassifier(make_backbone(), labels=["x", "y"], problem_type="multi")
     rows = [[1, 0], [0, 1], [0, 0], [1, 1]]
@@ -381,6 +393,7 @@ LOSSES = [
 ]
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("loss", LOSSES, ids=["name", "class name", "function", "object"])
 def test_a_loss_is_of_logits_however_it_is_named(make_backbone, loss):
     classifier = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
@@ -393,6 +406,7 @@ def test_a_loss_is_of_logits_however_it_is_named(make_backbone, loss):
     assert np.abs(np.array(found) - expected).max() < 1e-4
 
 
+@pytest.mark.plain
 def test_a_loss_of_probabilities_is_refused(make_backbone):
     classifier = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
     for loss in ("categorical_focal_crossentropy", keras.losses.binary_focal_crossentropy):
@@ -406,11 +420,14 @@ def test_the_choice_of_xla_is_left_to_the_backend_that_loads(make_backbone, tmp_
     classifier.compile()
     classifier.fit(np.ones((4, 3), int), [0, 1, 0, 1], verbose=0)
     classifier.save(tmp_path / "model.keras")
+    backend = keras.config.backend()
+    assert keras.saving.load_model(tmp_path / "model.keras").jit_compile == (backend == "jax")
     code = "import sys, keras, keras_llama; print(keras.saving.load_model(sys.argv[1]).jit_compile)"
-    for backend, expected in (("torch", "False"), ("jax", "True")):
-        assert run_python(code, tmp_path / "model.keras", backend=backend).strip() == expected
+    other, expected = ("torch", "False") if backend == "jax" else ("jax", "True")
+    assert run_python(code, tmp_path / "model.keras", backend=other).strip() == expected
 
 
+@pytest.mark.plain
 @pytest.mark.parametrize("size", [0, -1])
 def test_a_batch_size_that_trains_nothing_is_refused(make_backbone, size):
     classifier = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
@@ -419,6 +436,7 @@ def test_a_batch_size_that_trains_nothing_is_refused(make_backbone, size):
         classifier.fit(np.ones((4, 3), int), [0, 1, 0, 1], batch_size=size)
 
 
+@pytest.mark.plain
 def test_training_weights_in_half_precision_is_warned_of(make_backbone):
     classifier = keras_llama.LlamaTextClassifier(make_backbone(dtype="bfloat16"), num_classes=2)
     classifier.compile()

@@ -19,7 +19,7 @@ OPTIMIZERS = {
 def trained(make, optimizer, jit_compile, **options):
     """The model after three epochs of two steps, and its weights."""
     keras.utils.set_random_seed(0)
-    model = keras_llama.LlamaCausalLM(make(tie_word_embeddings=False, **options))
+    model = keras_llama.LlamaCausalLM(make(num_layers=1, tie_word_embeddings=False, **options))
     model.compile(optimizer, jit_compile=jit_compile)
     model.fit(IDS, batch_size=2, epochs=3, verbose=0)
     return model, [ops.convert_to_numpy(v) for v in model.weights]
@@ -67,7 +67,7 @@ def test_xla_is_given_gradients_whose_shapes_do_not_depend_on_the_batch(make_bac
 def test_clipping_goes_by_the_gradients_of_tokens_that_occur_again(make_backbone, jit_compile):
     """Keras on TensorFlow takes the norm of a row for each token, before those of one token are added up."""
     keras.utils.set_random_seed(0)
-    model = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=2)
+    model = keras_llama.LlamaTextClassifier(make_backbone(num_layers=1), num_classes=2)
     model.compile(keras.optimizers.SGD(1.0, global_clipnorm=0.01), jit_compile=jit_compile)
     before = [ops.convert_to_numpy(v) for v in model.trainable_variables]
     model.fit(np.array([[5] * 8, [6] * 4 + [5] * 4]), np.array([0, 1]), verbose=0)
