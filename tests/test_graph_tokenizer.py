@@ -22,8 +22,6 @@ from keras_llama.export.graph_text import graph_tokenizer
 from keras_llama.export.graph_tokenizer import GraphTokenizer
 from keras_llama.export.tables import tables
 
-pytestmark = pytest.mark.plain
-
 REAL = ["llama2", "llama2 as tokenizer.json", "llama3", "smollm2"]
 TRICKY = [
     *vocabularies.HARD,
