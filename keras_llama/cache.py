@@ -29,6 +29,12 @@ def grow(cache, length):
     return tuple(tuple(ops.pad(x, [[0, 0], [0, 0], [0, length - x.shape[2]], [0, 0]]) for x in pair) for pair in cache)
 
 
+def widened(array, length):
+    """An array (..., S) with zeros behind its columns, `length` in all."""
+    before = [[0, 0]] * (len(array.shape) - 1)
+    return ops.pad(array, [*before, [0, length - ops.shape(array)[-1]]])
+
+
 def reorder(cache, rows):
     """The cache with batch row i taken from `rows[i]` (B,), as beam search needs it."""
     return tuple(tuple(ops.take(x, rows, axis=0) for x in pair) for pair in cache)

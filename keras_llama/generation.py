@@ -3,15 +3,15 @@
 Shapes: B batch, T prompt length, S columns of the cache, V vocabulary, n beams.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from keras import ops
 
-from keras_llama import backend
+from keras_llama import backend, beams
 from keras_llama import cache as kv_cache
-from keras_llama.beams import Beams
 from keras_llama.config import LlamaConfig, invalid
 from keras_llama.projections import KernelCopies
 from keras_llama.samplers import choose, penalize
@@ -37,6 +37,15 @@ class State(NamedTuple):
     seen: Any
     done: Any
     column: Any
+
+    def over(self):
+        """Whether every row has met a stop token, bool ()."""
+        return ops.all(self.done)
+
+    def grown(self, columns: int) -> "State":
+        """The same with empty columns behind its own."""
+        tokens, mask = (kv_cache.widened(x, columns) for x in (self.tokens, self.mask))
+        return self._replace(tokens=tokens, mask=mask, cache=kv_cache.grow(self.cache, columns))
 
 
 class TokenLoop:
@@ -74,14 +83,14 @@ class TokenLoop:
         # step is many small operations, whose own cost XLA takes away.
         prefill = backend.resolve_jit("auto")
         self._start = backend.Compiled(self._prefill_and_choose, variables, prefill)
-        self._advance = backend.CompiledLoop(_ended, self._next, variables)
-        self._prefill_beams = backend.Compiled(self._expand_prompts, variables, prefill)
-        self._step_beams = backend.Compiled(self._expand_beams, variables, True, donate=(0,))
+        self._advance = backend.CompiledLoop(State.over, self._next, variables)
+        self._start_beams = backend.Compiled(self._prefill_beams, variables, prefill)
+        self._advance_beams = backend.CompiledLoop(beams.Beams.over, self._next_beams, variables)
 
     @property
     def traces(self) -> int:
         """How often a function was traced, and so compiled or listed, for new shapes."""
-        functions = (self._start, self._next_step, self._advance, self._prefill_beams, self._step_beams)
+        functions = (self._start, self._next_step, self._advance, self._start_beams, self._advance_beams)
         return sum(function.traces for function in functions)
 
     def generate(
@@ -105,14 +114,14 @@ class TokenLoop:
         uniforms = _uniforms(seeds, first, total - first)
         last = first + max_new_tokens
         state = self._start(tokens, mask, seen, context, settings, stops, uniforms[:, : mask.shape[1]])
-        copies, shown, column = None, first, first + 1
+        copies, shown = self._copies_when_asked(len(prompts), max_new_tokens), first
+
+        def given(room):
+            return copies(), context, settings, stops, uniforms[:, :room]
+
         while True:
-            end = min(shown + (chunk or max_new_tokens), last)
-            # The first token is there already, and waits for no copies and no compilation; it may have ended all rows.
-            if end > column and not bool(ops.all(state.done)):
-                copies = self._kernels.make(len(prompts), backend.bucket(max_new_tokens)) if copies is None else copies
-                state = self._run(state, end, copies, context, settings, stops, uniforms)
-                column = int(state.column)
+            state = self._run(self._advance, state, min(shown + (chunk or max_new_tokens), last), total, given)
+            column = int(state.column)
             written = ops.convert_to_numpy(state.tokens)[:, first:column]
             done = ops.convert_to_numpy(state.done)
             if finished is not None:
@@ -131,32 +140,25 @@ class TokenLoop:
         Beam search as Transformers runs it with `early_stopping=False`. `context` has a row for each prompt,
         whatever the number of beams: `step` is then given n rows of tokens for each of its rows.
         """
-        most = self.config.vocabulary_size // _width(1, len(stop_ids))
+        most = self.config.vocabulary_size // beams.width(1, len(stop_ids))
         if num_beams > most:
             hint = "A beam needs one token that goes on for each that stops."
-            given = {"num_beams": num_beams, "stop_tokens": len(stop_ids)}
-            raise invalid(f"`num_beams` must be at most {most} with this vocabulary.", hint, **given)
+            message = f"`num_beams` must be at most {most} with this vocabulary."
+            raise invalid(message, hint, num_beams=num_beams, stop_tokens=len(stop_ids))
         tokens, mask, seen, total = self._prompt_arrays(prompts, max_new_tokens)
         first = tokens.shape[1]
-        search = Beams(len(prompts), num_beams, length_penalty, sorted(stop_ids), self.config.vocabulary_size)
-        options = (np.float32(penalty), np.array(search.stop_ids or [-1], "int32"))
-        cache, *found = self._prefill_beams(tokens, mask, seen, context, search.scores, *options)
-        mask, seen = (np.repeat(x, num_beams, axis=0) for x in (mask, seen))
-        copies = self._kernels.make(len(mask), backend.bucket(max_new_tokens))
-        for column in range(first, first + max_new_tokens):
-            rows = search.update(*(ops.convert_to_numpy(x) for x in found))
-            if search.settled() or column == first + max_new_tokens - 1:
-                break
-            if column == mask.shape[1]:
-                room = _room(column, total)
-                cache, mask = kv_cache.grow(cache, room), np.pad(mask, [[0, 0], [0, room - column]])
-            ids, seen = search.last_ids(), seen[rows]
-            mask[:, column] = 1
-            seen[np.arange(len(rows)), ids] = True
-            cache, *found = self._step_beams(
-                cache, rows, ids[:, None], mask, np.int32(column), seen, copies, context, search.scores, *options
-            )
-        return search.best()
+        stops = np.array(sorted(stop_ids) or [-1], "int32")
+        rules = beams.Rules(stops, np.float32(length_penalty), np.int32(first))
+        options = (np.float32(penalty), rules)
+        scores = np.zeros((len(prompts), num_beams), "float32")
+        state = self._start_beams(tokens, mask, seen, context, scores, *options)
+        copies = self._copies_when_asked(len(prompts) * num_beams, max_new_tokens)
+
+        def given(_):
+            return copies(), context, *options
+
+        state = self._run(self._advance_beams, state, first + max_new_tokens, total, given)
+        return beams.best(state, rules)
 
     def in_graph(self, prompts, mask, seen, max_new_tokens, settings, stop_ids, uniforms, context=()):
         """New token ids int32 (B, S - T) inside somebody's graph, where all sizes may be open.
@@ -175,7 +177,7 @@ class TokenLoop:
         sampling = (settings, ops.convert_to_tensor(np.array(sorted(stop_ids) or [-1], "int32")), uniforms)
         state = self._prefill_and_choose(prompts, mask, seen, context, *sampling)
         more = ops.cast(max_new_tokens - 1, "int32")
-        return backend.repeat(_ended, self._next, state, more, {}, context, *sampling).tokens[:, first:]
+        return backend.repeat(State.over, self._next, state, more, {}, context, *sampling).tokens[:, first:]
 
     def _prompt_arrays(self, prompts, max_new_tokens):
         """Tokens (B, T), mask (B, S), seen (B, V), and the columns that all new tokens would need."""
@@ -190,16 +192,21 @@ class TokenLoop:
             seen[i, np.asarray(prompt)] = True
         return tokens, mask, seen, total
 
-    def _run(self, state, end, copies, context, settings, stops, uniforms):
-        """Steps until column `end`, or until all rows are done; filled arrays grow. `uniforms` has all columns."""
-        while True:
+    def _copies_when_asked(self, rows, max_new_tokens):
+        """A function that makes the copies of the kernels once: what the prompts alone give waits for none."""
+        return functools.cache(lambda: self._kernels.make(rows, backend.bucket(max_new_tokens)))
+
+    def _run(self, advance, state, end, total, given):
+        """Steps until column `end`, or until the state is over; filled arrays grow, to `total` columns at most.
+
+        `given` says what a step takes beside the state when there are so many columns.
+        """
+        while int(state.column) < end and not bool(state.over()):
+            if int(state.column) == state.mask.shape[1]:
+                state = state.grown(_room(state.mask.shape[1], total))
             room = state.mask.shape[1]
-            reach = min(end, room)
-            sampling = (settings, stops, uniforms[:, :room])
-            state = self._advance(state, reach - int(state.column), copies, context, *sampling)
-            if reach == end or bool(ops.all(state.done)):
-                return state
-            state = _grown(state, _room(room, uniforms.shape[1]))
+            state = advance(state, min(end, room) - int(state.column), *given(room))
+        return state
 
     def _prefill(self, prompts, mask, context):
         """Logits of the first new token (B, V), and the cache, from prompts (B, T) and mask (B, S)."""
@@ -210,7 +217,7 @@ class TokenLoop:
     def _prefill_and_choose(self, prompts, mask, seen, context, settings, stops, uniforms):
         logits, cache = self._prefill(prompts, mask, context)
         rows, column = ops.shape(prompts)
-        tokens = ops.pad(prompts, [[0, 0], [0, ops.shape(mask)[1] - column]])
+        tokens = kv_cache.widened(prompts, ops.shape(mask)[1])
         done = ops.zeros((rows,), "bool")
         state = State(tokens, mask, cache, seen, done, ops.convert_to_tensor(column, "int32"))
         return self._write(state, logits, settings, stops, uniforms)
@@ -239,20 +246,24 @@ class TokenLoop:
             column=state.column + 1,
         )
 
-    def _expand_prompts(self, prompts, mask, seen, context, scores, penalty, stops):
-        """Cache of every beam, and the best first tokens: log-probabilities and ids (B, width)."""
+    def _prefill_beams(self, prompts, mask, seen, context, scores, penalty, rules):
+        """The beams' state with the first tokens, from `scores` of empty beams (B, n)."""
         logits, cache = self._prefill(prompts, mask, context)
-        rows, num_beams = scores.shape
-        found, ids = ops.top_k(self._log_probabilities(logits, seen, penalty), _width(num_beams, stops.shape[0]))
-        return kv_cache.reorder(cache, ops.repeat(ops.arange(rows, dtype="int32"), num_beams)), found, ids
+        column = prompts.shape[1]
+        tokens = kv_cache.widened(prompts, mask.shape[1])
+        state = beams.begin(tokens, mask, cache, seen, ops.convert_to_tensor(column, "int32"), scores)
+        # All beams of a prompt are alike so far: one of them is asked.
+        found, ids = ops.top_k(self._log_probabilities(logits, seen, penalty), rules.width(scores.shape[1]))
+        return beams.advance(state, state.cache, found, ids, rules)
 
-    def _expand_beams(self, cache, rows, last, mask, column, seen, copies, context, scores, penalty, stops):
-        """Cache of the chosen rows, and the best continuations over all beams of a prompt (B, width)."""
-        logits, cache = self._next_step(copies, last, mask, kv_cache.reorder(cache, rows), column, *context)
-        total = self._log_probabilities(logits, seen, penalty) + ops.reshape(scores, (-1, 1))
-        prompts, num_beams = scores.shape
-        found, ids = ops.top_k(ops.reshape(total, (prompts, -1)), _width(num_beams, stops.shape[0]))
-        return cache, found, ids
+    def _next_beams(self, state, copies, context, penalty, rules):
+        """One more token for each beam: the best continuations over all beams of a prompt."""
+        last = backend.columns(state.tokens, state.column - 1, 1)
+        logits, cache = self._next_step(copies, last, state.mask, state.cache, state.column - 1, *context)
+        total = self._log_probabilities(logits, state.seen, penalty) + ops.reshape(state.scores, (-1, 1))
+        prompts, num_beams = state.scores.shape
+        found, ids = ops.top_k(ops.reshape(total, (prompts, -1)), rules.width(num_beams))
+        return beams.advance(state, cache, found, ids, rules)
 
     def _log_probabilities(self, logits, seen, penalty):
         return penalize(ops.log_softmax(logits, axis=-1), seen, penalty)
@@ -277,19 +288,3 @@ def _room(filled, total):
     """
     room = max(_ROOM, 2 * filled)
     return room if total > room * 3 // 2 else total
-
-
-def _grown(state, columns):
-    """The state with empty columns behind its own."""
-    tokens, mask = (ops.pad(x, [[0, 0], [0, columns - x.shape[1]]]) for x in (state.tokens, state.mask))
-    return state._replace(tokens=tokens, mask=mask, cache=kv_cache.grow(state.cache, columns))
-
-
-def _ended(state):
-    """Whether every row has met a stop token, bool ()."""
-    return ops.all(state.done)
-
-
-def _width(num_beams, stops):
-    """How many continuations to look at: enough that `num_beams` of them do not stop."""
-    return max(2, 1 + stops) * num_beams

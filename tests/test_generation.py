@@ -140,6 +140,23 @@ def test_no_setting_and_few_lengths_compile_anew(models):
     assert lm._loop.traces == traces
 
 
+def test_a_beam_search_is_one_loop_that_no_setting_compiles_anew(models, monkeypatch):
+    _, lm = models
+    run, counts = backend.CompiledLoop.__call__, []
+
+    def counted(self, state, count, *args):
+        counts.append(count)
+        return run(self, state, count, *args)
+
+    monkeypatch.setattr(backend.CompiledLoop, "__call__", counted)
+    ours(lm, PROMPTS, 20, num_beams=3, stop_token_ids=None)
+    traces = lm._loop.traces
+    other = {"length_penalty": 2.0, "repetition_penalty": 1.5}
+    ours(lm, [prompt[::-1] for prompt in PROMPTS], 17, num_beams=3, stop_token_ids=None, **other)
+    assert lm._loop.traces == traces
+    assert counts == [19, 16]  # the first token is the prompts'
+
+
 @pytest.fixture
 def narrow(monkeypatch):
     """Lets arrays begin with 32 columns instead of 1,024; their columns, in the order in which they are made."""
