@@ -44,6 +44,7 @@ class Case:
     dtype: str = "float32"
     optimizer: str = "adamw"
     lora: int = 0
+    dropout: float = 0.0
     shape: dict[str, Any] = dataclasses.field(default_factory=lambda: SHAPE)
 
 
@@ -53,6 +54,7 @@ CASES = {
     "long": Case(1, 2048),
     "classifier": Case(16, 128, head="classifier"),
     "lora": Case(8, 256, lora=8),
+    "lora, dropout": Case(8, 256, lora=8, dropout=0.1),
     "bfloat16": Case(8, 256, dtype="mixed_bfloat16"),
     # 47 million: cross-attention is a second one.
     "translator": Case(8, 256, head="translator", shape={**SHAPE, "num_layers": 2, "num_encoder_layers": 1}),
@@ -84,7 +86,7 @@ def build(case: Case, tiny: bool = False):
     else:
         task = keras_llama.LlamaCausalLM(keras_llama.LlamaBackbone(**options))
     if case.lora:
-        task.enable_lora(case.lora, targets="all-linear")
+        task.enable_lora(case.lora, dropout=case.dropout, targets="all-linear")
     task.compile("auto" if case.optimizer == "adamw" else keras.optimizers.get(case.optimizer))
     return task
 

@@ -143,11 +143,14 @@ class Pass:
         return read + middle * (self._multiplied * trained + wide * (4 + adapted))
 
     def _read(self, layers: Iterable[Any], width: int, tokens: int) -> int:
-        """The input of trained kernels, and of the second halves of adapters."""
+        """The input of trained kernels, that of each adapter with dropout, and of the second halves of adapters."""
         layers = list(layers)
-        width *= any(layer.trainable_variables for layer in layers)
+        width *= any(layer.trainable_variables and not layer.draws for layer in layers)
         ranks = sum(layer.adapter.b.shape[0] for layer in layers if layer.adapter is not None)
-        return self._multiplied * tokens * (width + ranks)
+        dropped = sum(
+            layer.sizes[0] for layer in layers if layer.draws
+        )  # a copy each, and a byte that says what is left
+        return tokens * (self._multiplied * (width + ranks + dropped) + dropped)
 
     def _casts(self, layers: list[Any]) -> int:
         """Kernels in the dtype of the products, where that is another."""

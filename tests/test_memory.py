@@ -172,6 +172,17 @@ def activations(task, *shape):
     return keras_llama.estimate_memory(task, *(shape or (8, 64))).activations
 
 
+@pytest.mark.plain
+@pytest.mark.parametrize(("targets", "bytes_each"), [("query", 1), ("query|key|value", 2 * 4 + 3)])
+def test_each_adapter_with_dropout_keeps_its_own_input_and_what_is_left_of_it(targets, bytes_each, make_task):
+    plain, dropped = (
+        activations(make_task("lm", lambda task, rate=rate: task.enable_lora(4, targets=targets, dropout=rate)))
+        for rate in (0.0, 0.1)
+    )
+    config = make_task("lm").backbone.config
+    assert dropped - plain == 8 * 64 * config.hidden_dim * config.num_layers * bytes_each
+
+
 def test_blocks_of_both_halves_count_and_those_with_cross_attention_for_more(make_task):
     layers = {"num_layers": 1, "num_encoder_layers": 1}
     base = make_task("translator", **layers)

@@ -137,6 +137,16 @@ def test_multi_label(make):
 
 
 @pytest.mark.plain
+@pytest.mark.parametrize("form", [lambda m: m, lambda m: [m], lambda m: {"score": m}, lambda m: {"score": [m]}])
+@pytest.mark.parametrize("kind", [str, keras.metrics.SparseCategoricalAccuracy])
+def test_metrics_are_taken_in_each_form_that_keras_knows(make, form, kind):
+    model = make(labels=["bad", "good"])
+    model.compile(metrics=form("accuracy" if kind is str else kind(name="accuracy")))
+    hits = [row["label"] == label for row, label in zip(model.classify(TEXTS), LABELS, strict=True)]
+    assert model.evaluate(TEXTS, LABELS, return_dict=True, verbose=0)["accuracy"] == pytest.approx(np.mean(hits))
+
+
+@pytest.mark.plain
 def test_regression(make):
     model = make(problem_type="regression")
     stars = [5.0, 1.0, 5.0, 1.0, 5.0, 1.0] * 4

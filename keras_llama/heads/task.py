@@ -65,7 +65,7 @@ class Task(Inputs, Files):
         Args:
             optimizer: name or object; "auto" is AdamW at 1e-3, weight decay 0.01, gradient norm at most 1.
             loss: name or object; "auto" is the task's own.
-            metrics, weighted_metrics: lists; "auto" are the task's own.
+            metrics, weighted_metrics: one, a list, or Keras' dict by the name of the output; "auto" are the task's own.
             jit_compile: True, False or "auto" (see docs/gpu.md).
 
         Raises:
@@ -82,11 +82,9 @@ class Task(Inputs, Files):
             )
         own, named = self.default_metrics(), self.metrics_by_name()
         metrics = own["metrics"] if metrics == "auto" else metrics
-        metrics = [metrics] if isinstance(metrics, str) else metrics
         weighted_metrics = own["weighted_metrics"] if weighted_metrics == "auto" else weighted_metrics
-        weighted_metrics = [weighted_metrics] if isinstance(weighted_metrics, str) else weighted_metrics
         metrics, weighted_metrics = (
-            given and [named.get(m, m) if isinstance(m, str) else m for m in given]
+            given and [named.get(m, m) if isinstance(m, str) else m for m in keras.tree.flatten(given)]
             for given in (metrics, weighted_metrics)
         )
         metrics, weighted_metrics = self.place_metrics(metrics, weighted_metrics)
