@@ -60,7 +60,8 @@ class Frozen:
 
     def __call__(self, texts: list[str]) -> np.ndarray:
         if missing := [text for text in dict.fromkeys(texts) if text not in self.vectors]:
-            self.vectors.update(zip(missing, self.base.features(missing), strict=True))
+            found = np.asarray(self.base.features(missing), "float32")  # a file knows no bfloat16
+            self.vectors.update(zip(missing, found, strict=True))
             if self.path:
                 np.savez(self.path, texts=[*self.vectors], vectors=[*self.vectors.values()])
         return np.stack([self.vectors[text] for text in texts])

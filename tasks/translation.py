@@ -112,7 +112,7 @@ def main(arguments=None):
     flags.add_argument("--sequence-length", type=common.positive, default=64, help="tokens of a source and of a target")
     flags.add_argument("--dropout", type=common.share, default=0.1)
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.05)
-    flags.add_argument("--label-smoothing", type=common.share, default=0.1, help="encoder-decoder only")
+    flags.add_argument("--label-smoothing", type=common.share, default=0.1, help="of an encoder-decoder")
     flags.add_argument("--num-beams", type=common.positive, default=4, help="of the test and of --interactive")
     flags.add_argument("--length-penalty", type=common.exponent, default=1.5, help="of beam search; larger is longer")
     flags.add_argument("--show", type=common.positive, default=200, help="validation pairs to translate as it trains")

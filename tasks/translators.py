@@ -26,10 +26,13 @@ def build(args, rows):
     import keras_llama
 
     cls = keras_llama.LlamaSeq2SeqLM if args.architecture == ARCHITECTURES[0] else keras_llama.LlamaCausalLM
+    alone = cls is keras_llama.LlamaCausalLM
+    if alone:
+        without = ("label_smoothing",) if args.preset else ("label_smoothing", "encoder_layers")
+        common.kept(args, *without, why=f"--architecture {args.architecture} has none")
     if args.preset:
         return from_preset(args, cls)
     tokenizer = joint_vocabulary(rows, args.vocabulary_size)
-    alone = cls is keras_llama.LlamaCausalLM
     length = args.sequence_length * (2 if alone else 1)  # source and target in one
     # A source needs no token to begin with: nothing is predicted from it.
     preprocessor = keras_llama.TextPreprocessor(tokenizer, length, add_bos=alone, add_eos=True)

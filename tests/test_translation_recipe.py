@@ -146,6 +146,14 @@ BAD_FLAGS = {
 
 
 @pytest.mark.plain
+@pytest.mark.parametrize(("flag", "value"), [("--label-smoothing", 0.2), ("--encoder-layers", 1)])
+def test_a_decoder_alone_refuses_what_it_has_not(pairs, tmp_path, capsys, flag, value):
+    flags = ["--data", pairs, "--output-dir", tmp_path / "out", "--architecture", "decoder", flag, value]
+    assert f"Leave out {flag}: --architecture decoder has none" in refused(capsys, *flags)
+    assert not (tmp_path / "out" / "model.keras").exists()
+
+
+@pytest.mark.plain
 @pytest.mark.parametrize("flag", BAD_FLAGS)
 def test_refuses_bad_flags(pairs, tmp_path, capsys, flag):
     value, message = BAD_FLAGS[flag]
