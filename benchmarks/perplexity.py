@@ -12,6 +12,7 @@ written here; it is asked for the log-probability of each next token.
 import argparse
 import json
 import math
+import os
 import tempfile
 import urllib.request
 
@@ -65,15 +66,16 @@ def here(args, dtype: str, text: str, rest: str, exact: np.ndarray | None) -> np
 
 
 class LlamaCpp:
-    """A file served by llama.cpp."""
+    """A file served by llama.cpp, whose vocabulary has so many tokens."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, vocabulary_size: int):
         import xllamacpp
 
         settings = xllamacpp.CommonParams()
         settings.model.path = path
-        settings.n_ctx, settings.n_parallel, settings.cpuparams.n_threads = 2 * WINDOW, 1, 2
-        self.server = xllamacpp.Server(settings)
+        settings.n_ctx, settings.n_parallel = 2 * WINDOW, 1
+        settings.cpuparams.n_threads = len(os.sched_getaffinity(0))  # more of them wait for each other
+        self.server, self.vocabulary_size = xllamacpp.Server(settings), vocabulary_size
 
     def log_prob(self, before: list[int], wanted: int, most: int = 100) -> float:
         """Of a token after others, which stay in the server's cache; only the `most` likely ones are sent at first."""
@@ -82,7 +84,9 @@ class LlamaCpp:
         with urllib.request.urlopen(urllib.request.Request(address, json.dumps(options).encode())) as answer:
             (told,) = json.load(answer)["completion_probabilities"]
         found = {one["id"]: one["logprob"] for one in told["top_logprobs"]}
-        return found[wanted] if wanted in found else self.log_prob(before, wanted, 100 * most)
+        if wanted in found:
+            return found[wanted]
+        return self.log_prob(before, wanted, min(100 * most, self.vocabulary_size))  # asked for more, it never answers
 
 
 def beside(args, text: str) -> None:
@@ -94,7 +98,7 @@ def beside(args, text: str) -> None:
         written = f"{directory}/q8_0.gguf"
         keras_llama.save_checkpoint(lm, written, format="gguf", quantization="q8_0")
         for name, path in (("its own file", args.llama_cpp), ("q8_0", written)):
-            judge = LlamaCpp(path)
+            judge = LlamaCpp(path, lm.preprocessor.tokenizer.vocabulary_size)
             found = [judge.log_prob(row[:i], row[i]) for row in rows for i in range(1, len(row))]
             print(f"llama.cpp, {name}: {perplexity(found):.3f}", flush=True)
 
