@@ -86,7 +86,7 @@ class LlamaCpp:
         found = {one["id"]: one["logprob"] for one in told["top_logprobs"]}
         if wanted in found:
             return found[wanted]
-        return self.log_prob(before, wanted, min(100 * most, self.vocabulary_size))  # asked for more, it never answers
+        return self.log_prob(before, wanted, min(100 * most, self.vocabulary_size))  # there are no more
 
 
 def beside(args, text: str) -> None:
