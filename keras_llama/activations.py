@@ -147,9 +147,8 @@ class Pass:
         layers = list(layers)
         width *= any(layer.trainable_variables and not layer.draws for layer in layers)
         ranks = sum(layer.adapter.b.shape[0] for layer in layers if layer.adapter is not None)
-        dropped = sum(
-            layer.sizes[0] for layer in layers if layer.draws
-        )  # a copy each, and a byte that says what is left
+        # Of dropout a copy each, and a byte for each number that says whether it is left.
+        dropped = sum(layer.sizes[0] for layer in layers if layer.draws)
         return tokens * (self._multiplied * (width + ranks + dropped) + dropped)
 
     def _casts(self, layers: list[Any]) -> int:

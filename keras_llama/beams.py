@@ -67,6 +67,7 @@ class Rules(NamedTuple):
         return width(num_beams, self.stops.shape[0])
 
     def result(self, log_probabilities, tokens):
+        """The scores that beams of so many tokens finish with."""
         return log_probabilities / ops.cast(tokens, "float32") ** self.length_penalty
 
 
@@ -117,7 +118,7 @@ def advance(beams: Beams, cache, found, flat, rules: Rules) -> Beams:
     ended = ops.where(ops.logical_and(stopped, may_end), rules.result(found, length), -np.inf)
     results, places = ops.top_k(ops.concatenate([beams.results, ended], axis=1), num_beams)
     texts = backend.write(ops.take(beams.tokens, _rows(origins, num_beams), axis=0), _flat(ids)[:, None], beams.column)
-    texts = ops.concatenate([beams.texts, ops.reshape(texts, (prompts, *ids.shape[1:], -1))], axis=1)
+    texts = ops.concatenate([beams.texts, ops.reshape(texts, (prompts, ids.shape[1], -1))], axis=1)
     ends = ops.concatenate([beams.ends, ops.zeros_like(ids) + (beams.column + 1)], axis=1)
 
     scores, running = ops.top_k(ops.where(stopped, -np.inf, found), num_beams)
