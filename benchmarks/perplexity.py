@@ -20,6 +20,7 @@ import numpy as np
 
 BYTES, WINDOW = 50_000, 512
 BATCH, LENGTH, RANK = 4, 256, 8
+CERTAIN, PATIENCE = 1e6, 60  # a bias beyond all logits; seconds
 DTYPES = ("float32", "bfloat16", "int8", "int4")
 
 
@@ -66,27 +67,31 @@ def here(args, dtype: str, text: str, rest: str, exact: np.ndarray | None) -> np
 
 
 class LlamaCpp:
-    """A file served by llama.cpp, whose vocabulary has so many tokens."""
+    """A file served by llama.cpp."""
 
-    def __init__(self, path: str, vocabulary_size: int):
+    def __init__(self, path: str):
         import xllamacpp
 
         settings = xllamacpp.CommonParams()
         settings.model.path = path
         settings.n_ctx, settings.n_parallel = 2 * WINDOW, 1
         settings.cpuparams.n_threads = len(os.sched_getaffinity(0))  # more of them wait for each other
-        self.server, self.vocabulary_size = xllamacpp.Server(settings), vocabulary_size
+        self.server = xllamacpp.Server(settings)
 
-    def log_prob(self, before: list[int], wanted: int, most: int = 100) -> float:
-        """Of a token after others, which stay in the server's cache; only the `most` likely ones are sent at first."""
-        options = {"prompt": before, "n_predict": 1, "n_probs": most, "cache_prompt": True, "temperature": 0.0}
-        address = self.server.listening_address + "/completion"
-        with urllib.request.urlopen(urllib.request.Request(address, json.dumps(options).encode())) as answer:
+    def log_prob(self, before: list[int], wanted: int) -> float:
+        """Of a token after others, which stay in the server's cache.
+
+        A bias makes sure that it is drawn; what is told of the drawn token is its probability without the bias.
+        """
+        options = {"prompt": before, "n_predict": 1, "n_probs": 1, "cache_prompt": True, "temperature": 0.0}
+        body = json.dumps({**options, "logit_bias": [[wanted, CERTAIN]]}).encode()
+        with urllib.request.urlopen(
+            urllib.request.Request(self.server.listening_address + "/completion", body), timeout=PATIENCE
+        ) as answer:
             (told,) = json.load(answer)["completion_probabilities"]
-        found = {one["id"]: one["logprob"] for one in told["top_logprobs"]}
-        if wanted in found:
-            return found[wanted]
-        return self.log_prob(before, wanted, min(100 * most, self.vocabulary_size))  # there are no more
+        if told["id"] != wanted:
+            raise RuntimeError(f"llama.cpp drew token {told['id']} in place of {wanted}")
+        return told["logprob"]
 
 
 def beside(args, text: str) -> None:
@@ -98,7 +103,7 @@ def beside(args, text: str) -> None:
         written = f"{directory}/q8_0.gguf"
         keras_llama.save_checkpoint(lm, written, format="gguf", quantization="q8_0")
         for name, path in (("its own file", args.llama_cpp), ("q8_0", written)):
-            judge = LlamaCpp(path, lm.preprocessor.tokenizer.vocabulary_size)
+            judge = LlamaCpp(path)
             found = [judge.log_prob(row[:i], row[i]) for row in rows for i in range(1, len(row))]
             print(f"llama.cpp, {name}: {perplexity(found):.3f}", flush=True)
 
