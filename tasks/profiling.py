@@ -80,7 +80,9 @@ def _start(folder: pathlib.Path) -> Callable[[], None]:
     if keras.config.backend() == "jax":
         import jax
 
-        jax.profiler.start_trace(folder, create_perfetto_trace=True)
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # calls of Python would fill the million events that a file for Perfetto holds
+        jax.profiler.start_trace(folder, create_perfetto_trace=True, profiler_options=options)
         return jax.profiler.stop_trace
     import torch
 

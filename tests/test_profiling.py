@@ -54,6 +54,7 @@ def test_a_profile_holds_the_operations_of_training_steps(train, tmp_path, capsy
         train(steps, callbacks)
     assert f"a profile of {traced} training steps" in capsys.readouterr().out
     assert has_products(path)
+    assert not [name for name in operations(path) if (name or "").startswith("$")]  # JAX's name of a call of Python
     assert [found.name for found in tmp_path.iterdir()] == ["profile"]
     assert not (path / "old").exists()
 
