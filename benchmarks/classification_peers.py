@@ -5,8 +5,6 @@ from collections.abc import Callable
 
 import numpy as np
 
-SIZE = "tiny"
-
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
@@ -56,8 +54,8 @@ def keras_hub(classifier, classes: int):
     import keras_llama
 
     given = inputs()
-    options = {"vocabulary_size": _vocabulary(classifier), "dropout": 0.1}
-    backbone = keras_hub.models.Llama3Backbone(**options, **keras_llama.size(SIZE))
+    same = {name: getattr(classifier.backbone.config, name) for name in keras_llama.size("tiny")}
+    backbone = keras_hub.models.Llama3Backbone(vocabulary_size=_vocabulary(classifier), dropout=0.1, **same)
     pooled = masked_mean(backbone(given), given["padding_mask"])
     return keras.Model(given, keras.layers.Dense(classes)(keras.layers.Dropout(0.4)(pooled)))
 

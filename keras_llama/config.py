@@ -264,6 +264,7 @@ def _size(layers: int, width: int, heads: int, kv_heads: int, mlp: int) -> dict[
 
 # Named by the parameters of their blocks; embedding and head come on top and grow with the vocabulary.
 SIZES: dict[str, dict[str, int]] = {
+    "0.1m": _size(1, 128, 4, 2, 128),
     "0.3m": _size(2, 128, 4, 2, 320),
     "0.5m": _size(2, 160, 4, 2, 400),
     "1m": _size(3, 192, 6, 2, 512),

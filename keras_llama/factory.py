@@ -136,7 +136,7 @@ def create_llama_model(
         vocabulary_size: V, number of token ids, 0 (padding) included.
         num_classes: C; needed for classification, 1 unless given for regression.
         sequence_length: T (and S), or `None` for any length.
-        size: a named size: "tiny", "small", "base", or "0.3m" to "1b" parameters in the blocks.
+        size: a named size: "tiny", "small", "base", or "0.1m" to "1b" parameters in the blocks.
         dropout: rate on embeddings, sub-layer outputs and the pooled vector while training.
         pooling: "mean" of the real tokens or "last" one; classification and regression.
         dtype: a Keras dtype policy or its name; outputs are float32 under any.

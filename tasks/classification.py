@@ -117,7 +117,7 @@ def run(args, models, more, parts, train_rows, validation, test_rows, labels):
 
 def parser(task="classification", description=__doc__):
     """The flags of this recipe, which a search over them takes, too."""
-    flags = common.parser(task, description, size="tiny", epochs=3, batch_size=128, learning_rate=2e-3)
+    flags = common.parser(task, description, size="0.1m", epochs=3, batch_size=128, learning_rate=2e-3)
     flags.add_argument("--vocabulary-size", type=common.positive, default=8000)
     flags.add_argument("--sequence-length", type=common.positive, default=128, help="tokens; longer texts are cut")
     flags.add_argument(

@@ -48,7 +48,7 @@ def parser(task: str, description: str, files: str | None = None, **defaults: An
     flags.add_argument("--trainable", choices=TRAINABLE, default=TRAINABLE[0], help="of --preset; docs/tasks.md")
     flags.add_argument("--lora-rank", type=positive, default=8)
     flags.add_argument("--lora-targets", default="all-linear", help="attention, all-linear or a regular expression")
-    flags.add_argument("--size", help="size of the blocks, 0.3m ... 1b, tiny, small, base")
+    flags.add_argument("--size", help="size of the blocks, 0.1m ... 1b, tiny, small, base")
     flags.add_argument("--epochs", type=positive)
     flags.add_argument("--batch-size", type=positive)
     flags.add_argument("--learning-rate", type=above_zero)
