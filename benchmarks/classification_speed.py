@@ -23,7 +23,8 @@ def child(library: str, data: list[str]) -> Callable[[str], float]:
     """Examples a second of an epoch, by "padded" or "natural"."""
     import keras
 
-    recipe = classification.parser().parse_args([*data, "--ngram-count", "0", "--embedding-dropout", "0.1"])
+    flags = ["--ngram-count", "0", "--embedding-dropout", "0.1", "--r-drop", "0"]
+    recipe = classification.parser().parse_args([*data, *flags])
     train, *_, labels = classification.load(recipe)
     train = common.sample(train, BATCHES * BATCH)
     texts = [row[0] for row in train]

@@ -33,6 +33,9 @@ FLAGS = {
     "dropout of blocks 0.3": ["--dropout", "0.3"],
     "dropout of embeddings 0": ["--embedding-dropout", "0"],
     "dropout of the head 0": ["--head-dropout", "0"],
+    "no second pass": ["--r-drop", "0"],
+    "a second pass of weight 3": ["--r-drop", "3"],
+    "two blocks": ["--size", "0.3m"],
     "balanced class weights": ["--class-weights", "balanced"],
     "batches of 64": ["--batch-size", "64"],
     "six epochs, the best kept": ["--epochs", "6"],
@@ -171,7 +174,8 @@ def pooled(pooling, causal):
         old = model.backbone
         backbone = keras_llama.LlamaBackbone.from_config({**old.get_config(), "causal": causal, "name": "other"})
         backbone.set_weights(old.get_weights())  # n-grams that are known, too
-        options = {"labels": model.labels, "preprocessor": model.preprocessor, "dropout": recipe.head_dropout}
+        options = {"labels": model.labels, "preprocessor": model.preprocessor}
+        options |= {"dropout": recipe.head_dropout, "r_drop": recipe.r_drop}
         return keras_llama.LlamaTextClassifier(backbone, pooling=pooling, **options)
 
     return change

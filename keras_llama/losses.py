@@ -218,6 +218,25 @@ class TokenAccuracy(TokenMetric):
         super(TokenMetric, self).update_state(right, sample_weight=weights)
 
 
+class PassDivergence(keras.losses.Loss):
+    """How far the logits (B, C) of two passes are apart: the mean of their divergences both ways.
+
+    Kullback and Leibler's, of probabilities p, q and logits z, w: the sum of (p - q) (z - w) / 2 over the classes, for
+    a softmax, whose normalisers cancel, as for a sigmoid each.
+
+    Args:
+        probabilities: logits (B, C) -> probabilities (B, C).
+    """
+
+    def __init__(self, probabilities):
+        super().__init__(name="pass_divergence", dtype="float32")
+        self.probabilities = probabilities
+
+    def call(self, y_true, y_pred):
+        apart = (self.probabilities(y_true) - self.probabilities(y_pred)) * (y_true - y_pred)
+        return ops.sum(apart, axis=-1) / 2
+
+
 @register
 class SpanCrossentropy(keras.losses.Loss):
     """Cross-entropy of logits (B, T, 2) of where a span starts and ends: the mean of both, each a softmax over tokens.

@@ -154,7 +154,8 @@ def _passes(task: Any, rows: int, length: int) -> list[Pass]:
     through = bool(backbone.trainable_variables or (in_front and task.trainable_variables))
     decoder = {"length": before + length, "through": through, **options}
     if not isinstance(task, LlamaSeq2SeqLM):
-        return [Pass(backbone.blocks, backbone.config, **decoder)]
+        passes = 2 if getattr(task, "r_drop", 0) else 1
+        return passes * [Pass(backbone.blocks, backbone.config, **decoder)]
     encoder, trained = backbone.encoder_blocks, any(block.trainable_variables for block in backbone.encoder_blocks)
     return [
         Pass(encoder, backbone.config.encoder, length=length, through=trained, **options),

@@ -129,6 +129,7 @@ def parser(task="classification", description=__doc__):
     flags.add_argument("--dropout", type=common.share, default=0.1, help="of the blocks")
     flags.add_argument("--embedding-dropout", type=common.share, default=0.5)
     flags.add_argument("--head-dropout", type=common.share, default=0.4)
+    flags.add_argument("--r-drop", type=common.not_negative, default=1.0, help="weight of the divergence of two passes")
     flags.add_argument("--weight-decay", type=common.not_negative, default=0.2)
     flags.add_argument("--label-smoothing", type=common.share, default=0.1)
     flags.add_argument("--class-weights", choices=("none", "balanced"), default="none")

@@ -22,6 +22,11 @@ def build(args, texts, labels, number=0):
             raise common.DataError(
                 f"--preset {args.preset}: expected a classifier with the labels {labels}. Received: {model.labels}."
             )
+        if args.trainable == "head":
+            common.kept(args, "r_drop", why="--trainable head makes one pass over vectors")
+            model.r_drop = 0.0
+        else:
+            common.settle(args, model, "r_drop")
         return model
     tokenizer = keras_llama.SpelledTokenizer.train(texts, args.vocabulary_size)
     preprocessor = keras_llama.TextPreprocessor(tokenizer, args.sequence_length)
@@ -31,6 +36,7 @@ def build(args, texts, labels, number=0):
         preprocessor=preprocessor,
         pooling="mean",
         dropout=args.head_dropout,
+        r_drop=args.r_drop,
         name=f"classifier_{number}",
     )
 

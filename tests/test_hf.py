@@ -213,14 +213,14 @@ def test_a_reader_starts_on_a_language_model(tmp_path, capsys):
 @pytest.mark.parametrize("options", [{"pooling": "mean"}, {"causal": False}])
 def test_what_other_tools_would_compute_otherwise_stays_here(tmp_path, make_backbone, options):
     backbone = make_backbone(causal=options.get("causal", True))
-    ours = keras_llama.LlamaTextClassifier(backbone, num_classes=3, pooling=options.get("pooling", "last"))
+    ours = keras_llama.LlamaTextClassifier(backbone, num_classes=3, pooling=options.get("pooling", "last"), r_drop=0.5)
     with pytest.raises(ValueError, match="save_to_preset"):
         save_checkpoint(ours, tmp_path / "out")
     ours.save_to_preset(tmp_path / "own")
     back = keras_llama.LlamaTextClassifier.from_preset(tmp_path / "own")
     inputs = {"token_ids": IDS % 60, "padding_mask": np.ones_like(IDS)}
     assert np.array_equal(ops.convert_to_numpy(back(inputs)), ops.convert_to_numpy(ours(inputs)))
-    assert back.pooling == ours.pooling
+    assert (back.pooling, back.r_drop) == (ours.pooling, 0.5)
     with pytest.raises(ValueError, match="keras_llama"):  # an unknown model type
         transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "own")
 

@@ -161,6 +161,9 @@ def test_what_saves_memory_is_estimated_to(make_task):
     )
     half = keras_llama.estimate_memory(make_task("classifier", dtype="mixed_bfloat16"), 64, 64)
     assert half.activations < 0.8 * every.activations
+    twice = make_task("classifier")
+    twice.r_drop = 1.0
+    assert keras_llama.estimate_memory(twice, 64, 64).activations == 2 * every.activations
     lm = make_task("lm", vocabulary_size=4000)
     lm.compile()
     chunked = keras_llama.estimate_memory(lm, 64, 256)

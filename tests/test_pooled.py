@@ -151,6 +151,10 @@ def test_what_it_does_not_take_is_refused(make, make_backbone, tmp_path):
     with pytest.raises(ValueError, match=r"no such options.*Received: options=\['resume'\]"):
         classifier.fit_head(IDS, LABELS, resume=tmp_path)
     assert len(classifier.trainable_weights) == trainable
+    classifier.r_drop = 1.0
+    with pytest.raises(ValueError, match=r"`fit_head` makes one pass.*Received: r_drop=1.0"):
+        classifier.fit_head(IDS, LABELS)
+    classifier.r_drop = 0.0
     with pytest.raises(ValueError, match="`batch_size` must be"):
         classifier.fit_head(np.ones((24, 32)), LABELS, batch_size=0)
     fresh = keras_llama.LlamaTextClassifier(make_backbone(), num_classes=3)

@@ -6,7 +6,7 @@ import importlib
 import pytest
 
 import keras_llama
-from tasks import captioners, classification, common, pretraining, translators
+from tasks import captioners, classification, classifiers, common, pretraining, translators
 
 pytestmark = pytest.mark.plain
 
@@ -123,3 +123,22 @@ def test_adapters_have_their_own_rank(chat_lm):
     chat_lm.merge_lora()
     with pytest.raises(common.DataError, match="Leave out --lora-rank: --trainable all has no adapters"):
         common.choose_trainable(chat_lm, given(preset="a", lora_rank=8))
+
+
+@pytest.mark.parametrize(("flags", "weight"), [([], 0.5), (["--r-drop", "2"], 2.0), (["--trainable", "head"], 0.0)])
+def test_a_saved_classifier_has_its_own_second_pass(tokenizer, make_backbone, tmp_path, flags, weight):
+    backbone = make_backbone(vocabulary_size=tokenizer.vocabulary_size)
+    preprocessor = keras_llama.TextPreprocessor(tokenizer, 16)
+    options = {"labels": ["bad", "good"], "preprocessor": preprocessor, "r_drop": 0.5}
+    keras_llama.LlamaTextClassifier(backbone, **options).save(tmp_path / "model.keras")
+    args = classification.parser().parse_args(["--preset", str(tmp_path / "model.keras"), *flags])
+    model = classifiers.build(args, [], ["bad", "good"])
+    assert model.r_drop == weight
+    assert args.r_drop == (weight if weight else None)
+
+
+def test_a_head_alone_takes_no_second_pass(chat_lm, tmp_path):
+    chat_lm.save_to_preset(tmp_path / "own")
+    args = given(classification.parser, preset=tmp_path / "own", trainable="head", r_drop=1)
+    with pytest.raises(common.DataError, match="Leave out --r-drop: --trainable head makes one pass"):
+        classifiers.build(args, [], ["bad", "good"])

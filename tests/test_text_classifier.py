@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 import keras_llama
+from keras_llama.losses import PassDivergence
 
 TEXTS = ["a good film", "a bad film", "很好的电影", "很差的电影", "what a good film it is", "bad"] * 4
 LABELS = ["good", "bad", "good", "bad", "good", "bad"] * 4
@@ -192,6 +193,42 @@ def test_weights_of_rows_and_classes_count(make):
     assert [row["label"] for row in model.classify(TEXTS)] == ["bad"] * 24
 
 
+@pytest.mark.parametrize("problem", ["single", "multi"])
+def test_r_drop_adds_how_far_two_passes_are_apart(make, problem):
+    """What `fit` reports before its first step, of a model that a rate of 0 never moves."""
+    weights = make(labels=["bad", "good"], problem_type=problem).get_weights()
+
+    def losses(r_drop, dropout):
+        model = make(labels=["bad", "good"], dropout=dropout, r_drop=r_drop, problem_type=problem)
+        model.set_weights(weights)
+        model.compile(keras.optimizers.SGD(0.0), metrics=[])
+        targets = LABELS if problem == "single" else [[label] for label in LABELS]
+        fitted = model.fit(TEXTS, targets, batch_size=24, verbose=0).history["loss"][0]
+        return fitted, model.evaluate(TEXTS, targets, batch_size=24, verbose=0)
+
+    (plain, evaluated), (same, as_evaluated) = losses(0.0, 0.0), losses(100.0, 0.0)
+    assert same == pytest.approx(plain, rel=1e-5)  # both passes are one without dropout
+    assert as_evaluated == pytest.approx(evaluated, rel=1e-5)
+    apart, as_evaluated = losses(100.0, 0.5)
+    assert apart > 2 * losses(0.0, 0.5)[0]
+    assert as_evaluated == pytest.approx(evaluated, rel=1e-5)
+
+
+@pytest.mark.parametrize(("problem", "classes"), [("single", 3), ("multi", 2)])
+def test_the_divergence_of_two_passes_is_of_both_ways(make, rng, problem, classes):
+    model = make(num_classes=classes, problem_type=problem)
+    first, second = rng.normal(size=(2, 5, classes)).astype("float32")
+    shares = [np.asarray(ops.convert_to_numpy(model.probabilities(z)), "float64") for z in (first, second)]
+    if problem == "multi":  # each class is a choice between two
+        shares = [np.stack([p, 1 - p], axis=-1).reshape(5, -1) for p in shares]
+    p, q = shares
+    rows = ((p * np.log(p / q)).sum(1) + (q * np.log(q / p)).sum(1)) / 2
+    weights = np.array([1, 0, 2, 1, 1], "float32")
+    divergence = PassDivergence(model.probabilities)
+    assert float(divergence(first, second)) == pytest.approx(rows.mean(), rel=1e-5)
+    assert float(divergence(first, second, weights)) == pytest.approx((weights * rows).sum() / 5, rel=1e-5)
+
+
 # On torch, jit_compile=True is torch.compile, which takes minutes for a training step.
 JIT = keras.config.backend() != "torch"
 
@@ -230,6 +267,12 @@ BAD_OPTIONS = {
     "numbers as labels": ({"labels": [1, 2]}, "`labels` must be strings"),
     "a label twice": ({"labels": ["a", "a"]}, "`labels` must be distinct"),
     "problem type": ({"num_classes": 2, "problem_type": "many"}, "`problem_type` must be one of"),
+    "a weight below 0": ({"num_classes": 2, "r_drop": -1}, "`r_drop` must be a number of at least 0"),
+    "a weight of nothing": ({"num_classes": 2, "r_drop": None}, "`r_drop` must be a number"),
+    "two passes of a regression": (
+        {"problem_type": "regression", "r_drop": 1.0},
+        "`r_drop` must be 0 for a regression",
+    ),
     "pooling": ({"num_classes": 2, "pooling": "max"}, "`pooling` must be one of"),
 }
 

@@ -14,6 +14,7 @@ class PooledTask(Task):
     """A task whose graph goes through vectors (B, D), the output of the layer named `pooled`."""
 
     pooled = "pooling"
+    r_drop = 0.0  # a second pass over each batch of `fit`, as a classifier may have it
 
     def features(self, x, batch_size=None):
         """The vectors that the head reads, (N, D), of texts or token ids, in their order.
@@ -68,6 +69,8 @@ class PooledTask(Task):
         """
         self.check_compiled()
         batch_size = rows_per_step(batch_size)
+        if self.r_drop:
+            raise invalid("`fit_head` makes one pass.", "`freeze_base()` and `fit` make two.", r_drop=self.r_drop)
         if unknown := {"resume", "packing"} & set(kwargs):
             raise invalid("`fit_head` has no such options.", "`freeze_base()` and `fit` do.", options=sorted(unknown))
         if validation_split and validation_data is None:
