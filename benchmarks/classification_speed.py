@@ -1,9 +1,9 @@
 """Examples per second of training a classifier, beside KerasHub's `Llama3Backbone` of the same size.
 
-    python -m benchmarks.classification_speed [--data train.txt --test-data test.txt] [--rounds 5]
+    python -m benchmarks.classification_speed [--data train.txt --test-data test.txt] [--rounds 5] [--size tiny]
 
-`fit` without n-grams, TensorFlow, in turns: both padded to the 99th percentile, and this project with lengths as they
-are.
+The flags of the recipe may follow. `fit` in one pass without n-grams, TensorFlow, in turns: both padded to the 99th
+percentile, and this project with lengths as they are.
 """
 
 import argparse
@@ -52,8 +52,8 @@ def main() -> None:
     flags.add_argument("--test-data")
     flags.add_argument("--rounds", type=int, default=5)
     flags.add_argument("--child", help=argparse.SUPPRESS)
-    args = flags.parse_args()
-    data = ["--data", args.data, "--test-data", args.test_data] if args.data else []
+    args, rest = flags.parse_known_args()
+    data = [*rest, *(["--data", args.data, "--test-data", args.test_data] if args.data else [])]
     if args.child:
         return serve(lambda: child(args.child.split("/")[0], data))
     names = ("keras_llama", "keras_hub")

@@ -45,6 +45,7 @@ class Case:
     optimizer: str = "adamw"
     lora: int = 0
     dropout: float = 0.0
+    r_drop: float = 0.0
     shape: dict[str, Any] = dataclasses.field(default_factory=lambda: SHAPE)
 
 
@@ -53,6 +54,7 @@ CASES = {
     "vocabulary": Case(4, 256, vocabulary_size=32_000),
     "long": Case(1, 2048),
     "classifier": Case(16, 128, head="classifier"),
+    "classifier, two passes": Case(16, 128, head="classifier", r_drop=1.0),
     "lora": Case(8, 256, lora=8),
     "lora, dropout": Case(8, 256, lora=8, dropout=0.1),
     "bfloat16": Case(8, 256, dtype="mixed_bfloat16"),
@@ -82,7 +84,7 @@ def build(case: Case, tiny: bool = False):
         encoder = keras_llama.convolutional_encoder(16 if tiny else 128)
         task = keras_llama.LlamaImageCaptioner(keras_llama.LlamaBackbone(**options), encoder)
     elif case.head == "classifier":
-        task = keras_llama.LlamaTextClassifier(keras_llama.LlamaBackbone(**options), num_classes=4)
+        task = keras_llama.LlamaTextClassifier(keras_llama.LlamaBackbone(**options), num_classes=4, r_drop=case.r_drop)
     else:
         task = keras_llama.LlamaCausalLM(keras_llama.LlamaBackbone(**options))
     if case.lora:

@@ -2,7 +2,7 @@
 
     python -m benchmarks.pipeline [--backends tensorflow jax torch] [--rows 6400]
 
-The classification recipe's shape, whose steps are short: 64 rows of 20 to 60 words a step, drawn from a vocabulary of
+A small classifier, whose steps are short: 64 rows of 20 to 60 words a step, drawn from a vocabulary of
 two thousand. TensorFlow makes batches in another thread, ahead of the steps, so that its share is an upper bound.
 """
 

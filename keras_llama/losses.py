@@ -222,19 +222,20 @@ class PassDivergence(keras.losses.Loss):
     """How far the logits (B, C) of two passes are apart: the mean of their divergences both ways.
 
     Kullback and Leibler's, of probabilities p, q and logits z, w: the sum of (p - q) (z - w) / 2 over the classes, for
-    a softmax, whose normalisers cancel, as for a sigmoid each.
+    a softmax, whose normalisers cancel, as for a sigmoid each; of sigmoids the mean, as of their cross-entropy.
 
     Args:
         probabilities: logits (B, C) -> probabilities (B, C).
+        over_classes: `ops.sum` or `ops.mean`.
     """
 
-    def __init__(self, probabilities):
+    def __init__(self, probabilities, over_classes):
         super().__init__(name="pass_divergence", dtype="float32")
-        self.probabilities = probabilities
+        self.probabilities, self.over_classes = probabilities, over_classes
 
     def call(self, y_true, y_pred):
         apart = (self.probabilities(y_true) - self.probabilities(y_pred)) * (y_true - y_pred)
-        return ops.sum(apart, axis=-1) / 2
+        return self.over_classes(apart, axis=-1) / 2
 
 
 @register

@@ -72,7 +72,8 @@ def test_it_is_exported_with_its_vocabulary(member, tmp_path):
 
 @pytest.mark.plain
 def test_all_members_are_trained_by_fit(member):
-    ensemble = keras_llama.LlamaClassifierEnsemble([member("a"), member("b")])
+    ensemble = keras_llama.LlamaClassifierEnsemble([member("a"), member("b", r_drop=0.5)])
+    assert ensemble.r_drop == 0.5
     ensemble.compile()
     before = [m.get_weights() for m in ensemble.members]
     ensemble.fit(TEXTS, ["good", "bad", "bad"], verbose=0)

@@ -142,3 +142,11 @@ def test_a_head_alone_takes_no_second_pass(chat_lm, tmp_path):
     args = given(classification.parser, preset=tmp_path / "own", trainable="head", r_drop=1)
     with pytest.raises(common.DataError, match="Leave out --r-drop: --trainable head makes one pass"):
         classifiers.build(args, [], ["bad", "good"])
+
+
+def test_a_classifier_from_scratch_makes_two_passes():
+    args = classification.parser().parse_args(["--vocabulary-size", "330", "--sequence-length", "16"])
+    texts = ["很好的电影", "很差的电影", "a good film"] * 10
+    assert classifiers.build(args, texts, ["bad", "good"]).r_drop == 1.0
+    args.r_drop = 0.0
+    assert classifiers.build(args, texts, ["bad", "good"]).r_drop == 0.0

@@ -8,7 +8,6 @@ import pytest
 from keras import ops
 
 import keras_llama
-from keras_llama.losses import PassDivergence
 
 TEXTS = ["a good film", "a bad film", "很好的电影", "很差的电影", "what a good film it is", "bad"] * 4
 LABELS = ["good", "bad", "good", "bad", "good", "bad"] * 4
@@ -215,18 +214,24 @@ def test_r_drop_adds_how_far_two_passes_are_apart(make, problem):
 
 
 @pytest.mark.parametrize(("problem", "classes"), [("single", 3), ("multi", 2)])
-def test_the_divergence_of_two_passes_is_of_both_ways(make, rng, problem, classes):
-    model = make(num_classes=classes, problem_type=problem)
+def test_two_passes_weigh_rows_and_divergence_as_they_should(make, rng, monkeypatch, problem, classes):
+    model = make(num_classes=classes, problem_type=problem, r_drop=0.7)
+    model.compile()
     first, second = rng.normal(size=(2, 5, classes)).astype("float32")
-    shares = [np.asarray(ops.convert_to_numpy(model.probabilities(z)), "float64") for z in (first, second)]
-    if problem == "multi":  # each class is a choice between two
-        shares = [np.stack([p, 1 - p], axis=-1).reshape(5, -1) for p in shares]
-    p, q = shares
-    rows = ((p * np.log(p / q)).sum(1) + (q * np.log(q / p)).sum(1)) / 2
+    monkeypatch.setattr(type(model), "__call__", lambda self, x, training: ops.convert_to_tensor(second))
+    y = np.arange(5) % 3 if problem == "single" else rng.integers(0, 2, (5, classes)).astype("float32")
     weights = np.array([1, 0, 2, 1, 1], "float32")
-    divergence = PassDivergence(model.probabilities)
-    assert float(divergence(first, second)) == pytest.approx(rows.mean(), rel=1e-5)
-    assert float(divergence(first, second, weights)) == pytest.approx((weights * rows).sum() / 5, rel=1e-5)
+    shares = [np.asarray(ops.convert_to_numpy(model.probabilities(z)), "float64") for z in (first, second)]
+    if problem == "single":
+        entropies = [-np.log(p[np.arange(5), y]) for p in shares]
+    else:  # each class is a choice between two; the loss is their mean
+        entropies = [-np.log(np.where(y == 1, p, 1 - p)).mean(1) for p in shares]
+        shares = [np.stack([p, 1 - p], axis=-1) for p in shares]
+    p, q = (x.reshape(5, -1) for x in shares)
+    apart = ((p * np.log(p / q)).sum(1) + (q * np.log(q / p)).sum(1)) / 2 / (1 if problem == "single" else classes)
+    expected = (weights * (sum(entropies) / 2 + 0.7 * apart)).sum() / 5
+    found = model.compute_loss(None, y, ops.convert_to_tensor(first), weights, training=True)
+    assert float(found) == pytest.approx(expected, rel=1e-5)
 
 
 # On torch, jit_compile=True is torch.compile, which takes minutes for a training step.

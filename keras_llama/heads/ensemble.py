@@ -59,6 +59,7 @@ class LlamaClassifierEnsemble(LlamaTextClassifier):
         logits = mean([member(first.backbone.input) for member in members])
         Task.__init__(self, first.backbone, first.preprocessor, logits, **kwargs)
         self.members = members
+        self.r_drop = max(member.r_drop for member in members)
         self._describe(first.num_classes, first.labels, first.problem_type)
 
     def checkpoint_settings(self):

@@ -58,7 +58,7 @@ class PooledTask(Task):
             The `History`. Callbacks see the model of the head alone, whose layers are this one's.
 
         Raises:
-            ValueError: as `fit`, or if the task is not compiled.
+            ValueError: as `fit`, if the task is not compiled, or if it has `r_drop`, a second pass.
 
         >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
         >>> classifier = keras_llama.LlamaTextClassifier(backbone, num_classes=2)
@@ -70,7 +70,8 @@ class PooledTask(Task):
         self.check_compiled()
         batch_size = rows_per_step(batch_size)
         if self.r_drop:
-            raise invalid("`fit_head` makes one pass.", "`freeze_base()` and `fit` make two.", r_drop=self.r_drop)
+            hint = "Set `r_drop = 0`, or take `freeze_base()` and `fit`, which make two."
+            raise invalid("`fit_head` makes one pass over vectors.", hint, r_drop=self.r_drop)
         if unknown := {"resume", "packing"} & set(kwargs):
             raise invalid("`fit_head` has no such options.", "`freeze_base()` and `fit` do.", options=sorted(unknown))
         if validation_split and validation_data is None:

@@ -60,7 +60,8 @@ class LlamaTextClassifier(PooledTask):
         dropout: rate on the pooled vector while training.
         r_drop: weight in the loss of how much two passes over a batch differ by what each drops out (Wu et al., 2021,
             https://arxiv.org/abs/2106.14448, whose alpha is twice that); their cross-entropy is the mean of both.
-            Above 0 a step of training takes nearly twice the time.
+            Above 0 a step of training takes up to twice the time; without any dropout it changes nothing. An attribute,
+            too, to be set before `compile`.
 
     Targets: "single" a class number or label name per text, or one-hot rows (B, C); "multi" a list
     of names per text, or rows of 0 and 1 (B, C); "regression" numbers (B,) or (B, C).
@@ -154,7 +155,8 @@ class LlamaTextClassifier(PooledTask):
             return loss
         again = self(x, training=True)
         both = loss + super().compute_loss(x, y, again, sample_weight, training)
-        return both / 2 + self.r_drop * PassDivergence(self.probabilities)(again, y_pred, sample_weight)
+        divergence = PassDivergence(self.probabilities, ops.sum if self.problem_type == "single" else ops.mean)
+        return both / 2 + self.r_drop * divergence(again, y_pred, sample_weight)
 
     def default_metrics(self):
         metrics = ["mean_absolute_error"] if self.problem_type == "regression" else ["accuracy"]
