@@ -16,7 +16,7 @@ from benchmarks.classification_peers import batches, keras_hub, percentile
 from benchmarks.engines import Engine, serve
 from tasks import classification, classifiers, common
 
-BATCHES, BATCH = 100, 64
+BATCHES, BATCH = 50, 128
 
 
 def child(library: str, data: list[str]) -> Callable[[str], float]:
