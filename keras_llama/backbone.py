@@ -6,6 +6,7 @@ import keras
 
 from keras_llama.alike import BlockRunner
 from keras_llama.config import LlamaConfig, invalid
+from keras_llama.embedding import TokenEmbedding
 from keras_llama.layers import LlamaBlock, LlamaPositions, embedding_initializer, register
 from keras_llama.ngrams import NgramEmbedding
 
@@ -25,7 +26,7 @@ class Stack:
     """
 
     def __init__(self, config: LlamaConfig, dtype, prefix="", cross_attention=False, token_embedding=None):
-        self.token_embedding = token_embedding or keras.layers.ReversibleEmbedding(
+        self.token_embedding = token_embedding or TokenEmbedding(
             config.vocabulary_size,
             config.hidden_dim,
             tie_weights=True,  # an untied head belongs to the task that has one

@@ -73,6 +73,23 @@ def test_exported_it_is_the_same(make, dtype, lora, tmp_path):
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
+@pytest.mark.parametrize(("mode", "alike"), [("int8", 0.95), ("int4", 0.6)])
+def test_adapters_below_a_quantised_tied_head_learn_what_they_would_below_the_head(make, mode, alike):
+    """The cosine between the first steps of two trainings, which was 0 while the head in int8 had no gradient."""
+    steps = []
+    for dtype in ("float32", mode):
+        lm = make(dtype, lora=True, tied=True)
+        before = [np.random.default_rng(i).normal(0, 0.1, w.shape) for i, w in enumerate(lm.trainable_weights)]
+        for weight, value in zip(lm.trainable_weights, before, strict=True):
+            weight.assign(value)
+        lm.compile(keras.optimizers.SGD(1.0))
+        lm.fit(IDS, batch_size=len(IDS), verbose=0)
+        after = [ops.convert_to_numpy(weight) for weight in lm.trainable_weights]
+        steps.append(np.concatenate([(a - b).ravel() for a, b in zip(after, before, strict=True)]))
+    first, second = steps
+    assert first @ second / (np.linalg.norm(first) * np.linalg.norm(second)) > alike
+
+
 @pytest.mark.parametrize(("mode", "near", "tied"), [("int8", 0.02, True), ("int4", 0.3, False)])
 def test_the_loss_of_a_quantised_model_is_near_that_of_the_model(make, mode, near, tied):
     before = make("float32", lora=False, tied=tied).evaluate(IDS, verbose=0)[0]
