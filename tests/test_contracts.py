@@ -34,6 +34,7 @@ ORDER = [
     "projections",
     "alike",
     "layers",
+    "embedding",
     "ngrams",
     "backbone",
     "image_encoders",
