@@ -10,8 +10,8 @@ from keras_llama.layers import register
 class TokenEmbedding(keras.layers.ReversibleEmbedding):
     """Keras' `ReversibleEmbedding`, whose head in int8 has a gradient.
 
-    Keras (3.15) gives rounded hidden states none, as it does for `Dense`: what an adapter learned below a head in int8
-    was noise. It is that of the product with the kernel as it is rounded (Bengio et al., 2013, the straight-through
+    Keras (3.15) gives `Dense` one, but rounded hidden states before this head none, so that an adapter below it would
+    learn noise. It is that of the product with the kernel as it is rounded (Bengio et al., 2013, the straight-through
     estimator, https://arxiv.org/abs/1308.3432).
 
     Args, shapes and errors: those of `keras.layers.ReversibleEmbedding`, with `tie_weights=True`.
