@@ -72,7 +72,7 @@ def train_project(args, recipe, train, validation, asked, labels):
     model = classifiers.build(recipe, [row[0] for row in train], labels)
     more = classification.unlabelled(recipe)
     started = time.perf_counter()
-    _, (history,) = classifiers.fit(recipe, [model], more, train, validation)
+    _, (history,), _ = classifiers.fit(recipe, [model], more, train, validation)
     seconds = time.perf_counter() - started
     logits = model.predict([row[0] for row in asked], verbose=0)
     return seconds, history, model.count_params(), np.asarray(model.probabilities(logits))

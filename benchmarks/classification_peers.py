@@ -3,7 +3,11 @@
 import dataclasses
 from collections.abc import Callable
 
+import keras
 import numpy as np
+
+from keras_llama.losses import PassDivergence
+from keras_llama.ngrams import NgramEmbedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +22,23 @@ class Peer:
     padded: bool = False
 
 
-def masked_mean(hidden, mask):
-    from keras import ops
+class TwoPasses(keras.Model):
+    """A network that is trained with R-Drop, as this project's classifier is."""
 
-    real = ops.expand_dims(ops.cast(mask, "float32"), -1)
-    return ops.sum(hidden * real, axis=1) / ops.maximum(ops.sum(real, axis=1), 1.0)
+    r_drop = 0.0
+
+    def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
+        loss = super().compute_loss(x, y, y_pred, sample_weight, training)
+        if not (training and self.r_drop):
+            return loss
+        again = self(x, training=True)
+        both = loss + super().compute_loss(x, y, again, sample_weight, training)
+        return both / 2 + self.r_drop * PassDivergence(keras.ops.softmax, keras.ops.sum)(again, y_pred)
+
+
+def masked_mean(hidden, mask):
+    real = keras.ops.expand_dims(keras.ops.cast(mask, "float32"), -1)
+    return keras.ops.sum(hidden * real, axis=1) / keras.ops.maximum(keras.ops.sum(real, axis=1), 1.0)
 
 
 def _vocabulary(classifier) -> int:
@@ -30,15 +46,11 @@ def _vocabulary(classifier) -> int:
 
 
 def inputs():
-    import keras
-
     return {name: keras.Input((None,), dtype="int32", name=name) for name in ("token_ids", "padding_mask")}
 
 
 def lstm(classifier, classes: int):
     """The article's model: an embedding, three LSTMs, a dense layer."""
-    import keras
-
     given = inputs()
     real = keras.ops.cast(given["padding_mask"], "bool")
     x = keras.layers.Dropout(0.3)(keras.layers.Embedding(_vocabulary(classifier), 64)(given["token_ids"]))
@@ -48,7 +60,6 @@ def lstm(classifier, classes: int):
 
 
 def keras_hub(classifier, classes: int):
-    import keras
     import keras_hub
 
     import keras_llama
@@ -61,11 +72,7 @@ def keras_hub(classifier, classes: int):
 
 
 def embeddings(classifier, classes: int):
-    """This project's inputs, n-grams included, without blocks."""
-    import keras
-
-    from keras_llama.ngrams import NgramEmbedding
-
+    """This project's inputs, n-grams included, without blocks; its R-Drop, too."""
     given = inputs()
     known, size = classifier.backbone.ngram_embedding, _vocabulary(classifier)
     ngrams = NgramEmbedding(vocabulary_size=size, length=known.length, width=known.width, dropout=0.5)
@@ -73,7 +80,9 @@ def embeddings(classifier, classes: int):
     x += ngrams(given["token_ids"], given["padding_mask"])
     ngrams.know(known.codes, known.characters)
     pooled = masked_mean(x, given["padding_mask"])
-    return keras.Model(given, keras.layers.Dense(classes)(keras.layers.Dropout(0.4)(pooled)))
+    model = TwoPasses(given, keras.layers.Dense(classes)(keras.layers.Dropout(0.4)(pooled)))
+    model.r_drop = classifier.r_drop
+    return model
 
 
 PEERS = {

@@ -16,6 +16,8 @@ import numpy as np
 from keras_llama import backend
 
 REAL = 4  # bytes of a float32
+# Bytes for each number that dropout leaves or not: XLA keeps the two words that this is drawn from.
+_DRAWN = {"torch": 1, "jax": 8, "tensorflow": 1}
 
 
 def width_of(dtype: Any) -> int:
@@ -134,8 +136,8 @@ class Pass:
         read = self._read((gate, up), self.config.hidden_dim, self.tokens)
         read += self._read((down,), 0, self.tokens)
         trained = bool(down.trainable_variables)
-        if backend.name() == "tensorflow":  # gate and up; all else is computed again
-            return read + 2 * wide * middle
+        if backend.name() == "tensorflow":  # gate and up; silu(gate) is computed again if nothing is drawn in between
+            return read + wide * middle * (2 + down.draws)
         if backend.name() == "torch":  # gate, silu(gate) and up
             return read + wide * middle * (3 + trained)
         # XLA keeps sigmoid(gate), too, and gate and up before and after an adapter's part is added.
@@ -147,9 +149,8 @@ class Pass:
         layers = list(layers)
         width *= any(layer.trainable_variables and not layer.draws for layer in layers)
         ranks = sum(layer.adapter.b.shape[0] for layer in layers if layer.adapter is not None)
-        # Of dropout a copy each, and a byte for each number that says whether it is left.
-        dropped = sum(layer.sizes[0] for layer in layers if layer.draws)
-        return tokens * (self._multiplied * (width + ranks + dropped) + dropped)
+        dropped = sum(layer.sizes[0] for layer in layers if layer.draws)  # a copy each
+        return tokens * (self._multiplied * (width + ranks + dropped) + _DRAWN[backend.name()] * dropped)
 
     def _casts(self, layers: list[Any]) -> int:
         """Kernels in the dtype of the products, where that is another."""

@@ -77,7 +77,7 @@ def run(args, models, more, parts, train_rows, validation, test_rows, labels):
         label_noise.report(args.label_noise_report, parts)
     models[0].summary()
     started = time.perf_counter()
-    model, histories = classifiers.fit(args, models, more, train_rows, validation)
+    model, histories, speed = classifiers.fit(args, models, more, train_rows, validation)
     seconds = time.perf_counter() - started
 
     texts, truth = [row[0] for row in test_rows], [row[1] for row in test_rows]
@@ -97,7 +97,7 @@ def run(args, models, more, parts, train_rows, validation, test_rows, labels):
         "labels": labels,
         "parameters": model.count_params(),
         "train_seconds": round(seconds, 1),
-        "examples_per_second": round(len(train_rows) * sum(len(h["loss"]) for h in histories) / seconds, 1),
+        "examples_per_second": speed.told,
         "val_accuracy": [max(history["val_accuracy"]) for history in histories] if validation else None,
         "accuracy": accuracy,
         "standard_error": (accuracy * (1 - accuracy) / len(truth)) ** 0.5,

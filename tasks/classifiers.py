@@ -103,21 +103,22 @@ def built(args, texts, labels):
 
 
 def fit(args, models, more, rows, validation):
-    """Trains the models one after another: the classifier that all of them make, and each one's history."""
+    """Trains the models one after another: the classifier that all of them make, each one's history, and the speed."""
     import keras
 
     import keras_llama
 
     if args.pretrain_epochs:
         pretrain(args, models, [text for text, *_ in rows], more)
-    histories = []
+    histories, speed = [], common.Speed()
     for number, model in enumerate(models):
         keras.utils.set_random_seed(args.seed + number)
-        histories.append(train(args, model, rows, validation, number))
-    return models[0] if len(models) == 1 else keras_llama.LlamaClassifierEnsemble(models), histories
+        with speed.of(len(rows)) as counting:
+            histories.append(train(args, model, rows, validation, number, [counting]))
+    return models[0] if len(models) == 1 else keras_llama.LlamaClassifierEnsemble(models), histories, speed
 
 
-def train(args, model, rows, validation, number=0):
+def train(args, model, rows, validation, number=0, callbacks=()):
     """Fits with early stopping on the validation rows, if any, and keeps the weights of the best epoch.
 
     For --trainable head the rows may hold vectors in place of texts.
@@ -129,7 +130,7 @@ def train(args, model, rows, validation, number=0):
     loss = keras.losses.CategoricalCrossentropy(from_logits=True, label_smoothing=args.label_smoothing)
     model.compile(loss=loss, **common.compile_options(model, args, len(rows), args.epochs))
     best = keras.callbacks.EarlyStopping("val_accuracy", mode="max", patience=args.patience, restore_best_weights=True)
-    callbacks = [best] if held else []
+    callbacks = [*callbacks, *([best] if held else [])]
     if args.tensorboard:
         callbacks.append(keras.callbacks.TensorBoard(pathlib.Path(args.output_dir, "logs", str(number))))
     options = {

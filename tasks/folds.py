@@ -32,7 +32,7 @@ class Folds:
 
     def _by_a_whole(self, args, train, validation, asked):
         models = classifiers.built(args, [text for text, *_ in train], self.labels)
-        model, _ = classifiers.fit(args, models, self.more, train, validation)
+        model, *_ = classifiers.fit(args, models, self.more, train, validation)
         return model.probabilities(model.predict([text for text, *_ in asked], verbose=0))
 
     def _by_a_head(self, args, train, validation, asked):

@@ -1,7 +1,6 @@
 """Readers of both modes behind one set of functions: build, train, ask, answer, deliver."""
 
 import math
-import time
 
 from tasks import answers, baselines, cloze, common, delivery, memory, prompts
 
@@ -98,14 +97,11 @@ def train(model, args, rows, validation):
         common.fit(args, model, "cloze", made, batch_size=args.batch_size)
     model.compile(**common.compile_options(model, args, len(model.encode(data)["token_ids"])))
     best = keras.callbacks.EarlyStopping("val_loss", patience=args.patience, restore_best_weights=True)
-    epochs = []
-    counting = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, logs: epochs.append(epoch))
     options = {"batch_size": args.batch_size, "epochs": args.epochs, "validation_data": (held,)}
-    with common.profiled(args) as profile:
-        started = time.perf_counter()
+    speed = common.Speed()
+    with common.profiled(args) as profile, speed.of(len(data)) as counting:
         history = common.fit(args, model, "reader", data, callbacks=[best, counting, *profile], **options).history
-        seconds = time.perf_counter() - started
-    return history, round(len(data) * len(epochs) / seconds, 1)
+    return history, speed.told
 
 
 def fit_arguments(model, args, rows):

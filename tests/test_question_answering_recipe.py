@@ -221,11 +221,11 @@ def test_the_speed_is_of_the_epochs_that_are_run_now(squad, monkeypatch):
         clock[0] += {"cloze": 100, "reader": 4}[name]
         for callback in callbacks:
             if isinstance(callback, keras.callbacks.LambdaCallback):
-                callback.on_epoch_begin(3, {})
+                callback.on_epoch_end(3, {})
         return types.SimpleNamespace(history={"loss": [1.0] * 4})  # three of them before an interruption
 
     monkeypatch.setattr(common, "fit", fit)
-    monkeypatch.setattr(readers, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(common, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     assert readers.train(model, args, rows, rows)[1] == len(rows) / 4
 
 

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import time
+import types
 
 import keras
 import numpy as np
@@ -113,6 +114,22 @@ def test_pretrains_averages_and_goes_on_after_an_interruption(tsv, tmp_path, cap
     assert len(models[0].members) == 2
     np.testing.assert_allclose(*(model.predict(asked, verbose=0) for model in models), atol=1e-4)
     assert "precision" in capsys.readouterr().out
+
+
+@pytest.mark.plain
+def test_the_speed_is_of_the_epochs_that_are_run_now(monkeypatch):
+    clock, models = [0.0], [types.SimpleNamespace(compile=lambda **_: None, head="score")]
+
+    def fit(args, model, name, texts, labels, callbacks, **_):
+        clock[0] += 4
+        callbacks[0].on_epoch_end(3, {})
+        return types.SimpleNamespace(history={"loss": [1.0] * 4})  # three of them before an interruption
+
+    monkeypatch.setattr(common, "fit", fit)
+    monkeypatch.setattr(common, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    made = [(*row, "") for row in rows(20)]
+    _, histories, speed = classifiers.fit(classification.parser().parse_args([]), models, [], made, made)
+    assert (len(histories[0]["loss"]), speed.told) == (4, 5)
 
 
 @pytest.mark.plain
@@ -372,7 +389,8 @@ def test_the_report_is_written_before_anything_is_delivered(tsv, classifier, tmp
     model = classifier("float32")
     model.labels = sorted(WORDS)
     monkeypatch.setattr(classifiers, "built", lambda *_: [model])
-    monkeypatch.setattr(classifiers, "fit", lambda *_: (model, [{"loss": [1.0], "val_accuracy": [1.0]}]))
+    fitted = model, [{"loss": [1.0], "val_accuracy": [1.0]}], common.Speed(1, 1.0)
+    monkeypatch.setattr(classifiers, "fit", lambda *_: fitted)
     monkeypatch.setattr(delivery, "classifier", fail)
     with pytest.raises(RuntimeError, match="answers otherwise"):
         classification.main(["--data", str(tsv), "--output-dir", str(tmp_path / "out")])
