@@ -7,8 +7,9 @@
 with a linear support vector machine, and a logistic regression on the frozen base's mean vectors, its strength chosen
 by cross-validation; its vectors, which take long, are kept in `--vectors`. With `--averaged` the model's probabilities
 are averaged with those of a second one, a head on the frozen base or on the first `--frozen-layers` of its blocks
-(`fit_head`, 30 epochs, rate 1e-3). Flags of `tasks.classification` may follow. With `--part validation` 2,000 rows that
-no draw trains on stand for the test, for choices.
+(`fit_head`, 30 epochs, rate 1e-3), whose seconds hold the vectors that no file or draw before has. Flags of
+`tasks.classification` may follow. With `--part validation` 2,000 rows that no draw trains on stand for the test, for
+choices.
 """
 
 import argparse
@@ -123,7 +124,7 @@ def main() -> None:
         right = np.array(labels)[found.argmax(1)] == truth
         told(f"draw {draw}:", right, seconds)
         if args.averaged:
-            frozen([*(row[0] for row in train), *texts])  # whose time is that of --trainable head
+            frozen(texts)  # scoring, whose time does not count
             started = time.perf_counter()
             both = found + keras.ops.convert_to_numpy(beside(recipe, frozen, train, texts))
             right = np.array(labels)[both.argmax(1)] == truth
