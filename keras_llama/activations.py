@@ -16,7 +16,7 @@ import numpy as np
 from keras_llama import backend
 
 REAL = 4  # bytes of a float32
-# Bytes for each number that dropout leaves or not: XLA keeps the two words that this is drawn from.
+# Bytes for each number that dropout leaves or not: XLA keeps the two words that this is drawn from, on a CPU at least.
 _DRAWN = {"torch": 1, "jax": 8, "tensorflow": 1}
 
 
@@ -136,8 +136,9 @@ class Pass:
         read = self._read((gate, up), self.config.hidden_dim, self.tokens)
         read += self._read((down,), 0, self.tokens)
         trained = bool(down.trainable_variables)
-        if backend.name() == "tensorflow":  # gate and up; silu(gate) is computed again if nothing is drawn in between
-            return read + wide * middle * (2 + down.draws)
+        if backend.name() == "tensorflow":
+            # gate and up; their product and what it is made of are computed again, unless `down` draws behind it.
+            return read + wide * middle * (2 + 2 * down.draws)
         if backend.name() == "torch":  # gate, silu(gate) and up
             return read + wide * middle * (3 + trained)
         # XLA keeps sigmoid(gate), too, and gate and up before and after an adapter's part is added.

@@ -89,6 +89,7 @@ def run(args, models, more, parts, train_rows, validation, test_rows, labels):
     plots.training(output / "training.png", histories[0])
     plots.confusion(output / "confusion.png", labels, confusion_matrix(truth, predicted, labels=labels))
     accuracy, options = float(accuracy_score(truth, predicted)), {"labels": labels, "zero_division": 0}
+    baseline = baselines.linear_classifier(train_rows + validation, test_rows)
     print(classification_report(truth, predicted, digits=4, **options))
     report = {
         "task": "classification",
@@ -97,22 +98,28 @@ def run(args, models, more, parts, train_rows, validation, test_rows, labels):
         "labels": labels,
         "parameters": model.count_params(),
         "train_seconds": round(seconds, 1),
-        "examples_per_second": speed.told,
+        "examples_per_second": speed.per_second,
         "val_accuracy": [max(history["val_accuracy"]) for history in histories] if validation else None,
         "accuracy": accuracy,
-        "standard_error": (accuracy * (1 - accuracy) / len(truth)) ** 0.5,
+        "standard_error": standard_error(accuracy, len(truth)),
         "macro_f1": float(f1_score(truth, predicted, average="macro")),
         "classes": classification_report(truth, predicted, output_dict=True, **options),
-        "baseline_accuracy": baselines.linear_classifier(train_rows + validation, test_rows),
+        "baseline_accuracy": baseline,
+        "baseline_standard_error": standard_error(baseline, len(truth)),
         "settings": vars(args),
     }
     common.write_report(args.report or output / "metrics.json", report)
     print(
         f"test accuracy {accuracy:.4f} (standard error {report['standard_error']:.4f}), macro F1 "
         f"{report['macro_f1']:.4f}; TF-IDF of character n-grams + LinearSVC on the same split: "
-        f"{report['baseline_accuracy']:.4f}"
+        f"{baseline:.4f} (standard error {report['baseline_standard_error']:.4f})"
     )
     delivery.classifier(model, output, sentences)
+
+
+def standard_error(accuracy, rows):
+    """Of an accuracy that was found on so many rows."""
+    return (accuracy * (1 - accuracy) / rows) ** 0.5
 
 
 def parser(task="classification", description=__doc__):

@@ -322,7 +322,7 @@ class Speed:
         self.seconds += time.perf_counter() - started
 
     @property
-    def told(self) -> float:
+    def per_second(self) -> float:
         """Rows per second, as a report has it."""
         return round(self.rows / self.seconds, 1)
 
@@ -348,7 +348,10 @@ def choose_trainable(model: Any, args: argparse.Namespace) -> None:
             raise DataError(f"--preset {args.preset}: is adapted or quantised, which takes --trainable lora.")
         kept(args, "lora_rank", "lora_targets", why=f"--trainable {args.trainable} has no adapters")
     if args.trainable == "head":
-        model.freeze_base()
+        try:
+            model.freeze_base()
+        except ValueError as error:
+            raise DataError(f"--trainable head: {error}") from error
     elif args.trainable == "all":
         model.unfreeze_base()
     elif not model.adapters:

@@ -101,7 +101,7 @@ def train(model, args, rows, validation):
     speed = common.Speed()
     with common.profiled(args) as profile, speed.of(len(data)) as counting:
         history = common.fit(args, model, "reader", data, callbacks=[best, counting, *profile], **options).history
-    return history, speed.told
+    return history, speed.per_second
 
 
 def fit_arguments(model, args, rows):

@@ -53,9 +53,10 @@ def test_trains_scores_shows_and_exports(tmp_path, capsys):
 
 @pytest.mark.plain
 @pytest.mark.usefixtures("not_exported")
-def test_a_text_checkpoint_learns_to_see_by_adapters(captions, chat_lm, tmp_path):
+@pytest.mark.parametrize("trainable", ["lora", "head"])
+def test_a_text_checkpoint_learns_to_see_by_little(captions, chat_lm, tmp_path, trainable):
     chat_lm.save_to_preset(tmp_path / "preset")
-    few = ["--trainable", "lora", "--lora-rank", 2, "--encoder", "vit", "--freeze-encoder", "--sequence-length", 40]
+    few = ["--trainable", trainable, "--encoder", "vit", "--freeze-encoder", "--sequence-length", 40]
     run(
         "--data",
         captions,
@@ -72,9 +73,9 @@ def test_a_text_checkpoint_learns_to_see_by_adapters(captions, chat_lm, tmp_path
     kinds = {
         "projector" if w.path.startswith("projector") else w.path.rsplit("/", 1)[1] for w in model.trainable_weights
     }
-    assert kinds == {"projector", "lora_a", "lora_b"}
+    assert kinds == {"projector", *(["lora_a", "lora_b"] if trainable == "lora" else [])}
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["images"] == {"train": 8, "test": 3}
-    assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists()
+    assert (tmp_path / "out" / "adapter" / "adapter_config.json").exists() == (trainable == "lora")
 
 
 @pytest.mark.slow

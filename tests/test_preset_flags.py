@@ -113,6 +113,11 @@ def test_a_saved_captioner_takes_label_smoothing_and_as_many_tokens_as_its_image
         captioners.build(argparse.Namespace(**flags, sequence_length=room + 1, asked=["sequence_length"]), [])
 
 
+def test_a_language_model_has_no_head_of_its_own(chat_lm):
+    with pytest.raises(common.DataError, match=r"--trainable head: A task must have a head of its own.*lora"):
+        common.choose_trainable(chat_lm, given(preset="a", trainable="head"))
+
+
 def test_adapters_have_their_own_rank(chat_lm):
     chat_lm.enable_lora(rank=2)
     for flags in ({"lora_rank": 8}, {"lora_targets": "all-linear"}):

@@ -118,7 +118,10 @@ def test_pretrains_averages_and_goes_on_after_an_interruption(tsv, tmp_path, cap
 
 @pytest.mark.plain
 def test_the_speed_is_of_the_epochs_that_are_run_now(monkeypatch):
-    clock, models = [0.0], [types.SimpleNamespace(compile=lambda **_: None, head="score")]
+    clock, models = [0.0], 2 * [types.SimpleNamespace(compile=lambda **_: None, head="score")]
+
+    def pretrain(*_):
+        clock[0] += 100
 
     def fit(args, model, name, texts, labels, callbacks, **_):
         clock[0] += 4
@@ -126,10 +129,12 @@ def test_the_speed_is_of_the_epochs_that_are_run_now(monkeypatch):
         return types.SimpleNamespace(history={"loss": [1.0] * 4})  # three of them before an interruption
 
     monkeypatch.setattr(common, "fit", fit)
+    monkeypatch.setattr(classifiers, "pretrain", pretrain)
+    monkeypatch.setattr(keras_llama, "LlamaClassifierEnsemble", list)
     monkeypatch.setattr(common, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-    made = [(*row, "") for row in rows(20)]
-    _, histories, speed = classifiers.fit(classification.parser().parse_args([]), models, [], made, made)
-    assert (len(histories[0]["loss"]), speed.told) == (4, 5)
+    made, args = [(*row, "") for row in rows(20)], classification.parser().parse_args(["--pretrain-epochs", "1"])
+    _, histories, speed = classifiers.fit(args, models, [], made, made)
+    assert (len(histories[0]["loss"]), speed.per_second) == (4, 5)
 
 
 @pytest.mark.plain

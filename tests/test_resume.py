@@ -12,19 +12,25 @@ import numpy as np
 import pytest
 
 import keras_llama
+from keras_llama import ngrams
 
 TEXTS = ["a good film", "what a film it is", "a bad film", "很好的电影", "很差的电影"] * 5
 LABELS = [1, 1, 0, 1, 0] * 5
 
 
 def build(tokenizer, **changes):
+    """As the recipe's from scratch: what it drops out, n-grams, two passes."""
     keras.utils.set_random_seed(3)
     size = {"num_layers": 1, "num_query_heads": 2, "num_key_value_heads": 1, "hidden_dim": 16, "intermediate_dim": 24}
     backbone = keras_llama.LlamaBackbone(
-        vocabulary_size=tokenizer.vocabulary_size, **{**size, "dropout": 0.2, "causal": False, **changes}
+        vocabulary_size=tokenizer.vocabulary_size,
+        num_ngrams=6,
+        **{**size, "dropout": 0.2, "causal": False, **changes},
     )
     preprocessor = keras_llama.TextPreprocessor(tokenizer, sequence_length=16)
-    model = keras_llama.LlamaTextClassifier(backbone, num_classes=2, preprocessor=preprocessor, dropout=0.2)
+    backbone.ngram_embedding.know(ngrams.frequent(preprocessor.encode(TEXTS), least=5)[:6])
+    options = {"num_classes": 2, "preprocessor": preprocessor, "dropout": 0.2, "r_drop": 0.5}
+    model = keras_llama.LlamaTextClassifier(backbone, **options)
     rate = keras.optimizers.schedules.CosineDecay(1e-2, decay_steps=40)
     model.compile(keras.optimizers.AdamW(rate, global_clipnorm=1.0))
     return model

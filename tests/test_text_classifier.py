@@ -269,6 +269,7 @@ BAD_OPTIONS = {
     "one class": ({"num_classes": 1}, "at least 2"),
     "one label": ({"labels": ["only"]}, "at least 2"),
     "labels and classes": ({"num_classes": 3, "labels": ["a", "b"]}, "`labels` must be distinct"),
+    "more labels than classes": ({"num_classes": 2, "labels": ["a", "b", "c"]}, "one for each class.*num_classes=2"),
     "numbers as labels": ({"labels": [1, 2]}, "`labels` must be strings"),
     "a label twice": ({"labels": ["a", "a"]}, "`labels` must be distinct"),
     "problem type": ({"num_classes": 2, "problem_type": "many"}, "`problem_type` must be one of"),
