@@ -97,12 +97,18 @@ def _figure(
         with contextlib.suppress(Exception):  # of some formats matplotlib can read none
             font_manager.fontManager.addfont(file)
     fonts = {font.name for font in font_manager.fontManager.ttflist}
-    font = next((name for name in CHINESE_FONTS if name in fonts), None)
+    chosen = [*[name for name in CHINESE_FONTS if name in fonts][:1], "DejaVu Sans"]
+    maps = [font_manager.get_font(font_manager.findfont(name)).get_charmap() for name in chosen]
 
-    def shown(texts: list[str]) -> list[str]:  # a box says less than a number
-        return texts if font else [text.encode("unicode_escape").decode() for text in texts]
+    known = set().union(*maps)
 
-    with matplotlib.rc_context({"font.family": [font, "DejaVu Sans"] if font else ["DejaVu Sans"]}):
+    def escaped(letter: str) -> str:  # a box says less than a number
+        return letter if ord(letter) in known else letter.encode("unicode_escape").decode()
+
+    def shown(texts: list[str]) -> list[str]:
+        return ["".join(map(escaped, text)) for text in texts]
+
+    with matplotlib.rc_context({"font.family": chosen, "text.parse_math": False}):  # a dollar is none of TeX
         figure, frame = pyplot.subplots(*shape, figsize=size)
         yield frame, shown
         figure.tight_layout()

@@ -436,7 +436,7 @@ def test_an_adapter_of_another_base_is_named_by_its_first_mismatch(lm, make_back
     other = keras_llama.LlamaCausalLM(make_backbone(num_layers=3))
     other.enable_lora(rank=2)
     keras_llama.save_checkpoint(other, tmp_path / "deep", format="peft")
-    with pytest.raises(ValueError, match=r"no such module.*layers\.2\.self_attn"):
+    with pytest.raises(ValueError, match=r"layers\.2\.self_attn.*no such module"):
         lm.load_adapter(tmp_path / "deep")
     wide = keras_llama.LlamaCausalLM(make_backbone(hidden_dim=64))
     wide.enable_lora(rank=2)

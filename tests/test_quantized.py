@@ -55,7 +55,7 @@ def test_trained_saved_and_loaded_it_is_the_same(make, dtype, lora, tmp_path):
     np.testing.assert_array_equal(*tokens)
 
 
-@pytest.mark.parametrize(("dtype", "lora"), MATRIX)
+@pytest.mark.parametrize(("dtype", "lora"), [(dtype, lora) for dtype, lora in MATRIX if "on" not in dtype])
 @pytest.mark.slow
 @pytest.mark.skipif(keras.config.backend() != "tensorflow", reason="another backend rounds otherwise")
 @pytest.mark.filterwarnings("ignore:The SavedModel takes token ids")
@@ -69,7 +69,7 @@ def test_exported_it_is_the_same(make, dtype, lora, tmp_path):
     served = tf.saved_model.load(tmp_path / "served").signatures["logits"]
     found = served(token_ids=tf.constant(IDS), padding_mask=tf.ones_like(IDS))["logits"].numpy()
     expected = lm.predict(IDS, verbose=0)
-    tolerance = 2**-7 if "bfloat16" in dtype else 1e-5  # one step of its 8 bits, relative to the largest
+    tolerance = 2**-7 if dtype == "bfloat16" else 1e-5  # one step of its 8 bits, relative to the largest
     assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 

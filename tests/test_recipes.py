@@ -445,12 +445,14 @@ def test_a_confusion_matrix_is_drawn_with_chinese_names(tmp_path, recwarn, monke
 
     monkeypatch.setattr(figure.Figure, "savefig", watched)
     monkeypatch.setattr(plots, "CHINESE_FONTS", fonts)
-    plots.confusion(tmp_path / "confusion.png", ["体育", "财经"], np.array([[8, 2], [0, 0]]))
+    plots.confusion(
+        tmp_path / "confusion.png", ["体育", "财经", "\x1f$_$"], np.array([[8, 2, 0], [0, 0, 0], [1, 0, 3]])
+    )
     assert (tmp_path / "confusion.png").read_bytes().startswith(b"\x89PNG")
     assert not [w for w in recwarn if "Glyph" in str(w.message)]  # what matplotlib says of a box
     if fonts and not {font.name for font in font_manager.fontManager.ttflist} & set(fonts):
         pytest.skip("needs a Chinese font")
-    assert labels == (["体育", "财经"] if fonts else [r"\u4f53\u80b2", r"\u8d22\u7ecf"])
+    assert labels == [*(["体育", "财经"] if fonts else [r"\u4f53\u80b2", r"\u8d22\u7ecf"]), r"\x1f$_$"]
 
 
 @pytest.mark.plain
