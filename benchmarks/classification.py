@@ -106,7 +106,7 @@ def scores(shares, truth) -> str:
 
     found = shares.argmax(1)
     accuracy = (found == truth).mean()
-    error = (accuracy * (1 - accuracy) / len(truth)) ** 0.5
+    error = classification.standard_error(accuracy, len(truth))
     return f"accuracy {accuracy:.4f} ± {error:.4f}, macro F1 {f1_score(truth, found, average='macro'):.4f}"
 
 

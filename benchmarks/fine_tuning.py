@@ -82,7 +82,7 @@ def beside(args, frozen: Frozen, train, texts: list[str]):
 
 
 def told(start: str, right: np.ndarray, seconds: float) -> None:
-    error = (right.mean() * (1 - right.mean()) / len(right)) ** 0.5
+    error = classification.standard_error(right.mean(), len(right))
     print(f"{start} {100 * right.mean():.2f} ± {100 * error:.2f} in {seconds:.0f} s", flush=True)
 
 

@@ -107,10 +107,11 @@ def fit(args, models, more, rows, validation):
     import keras
 
     import keras_llama
+    from tasks.speed import Speed
 
     if args.pretrain_epochs:
         pretrain(args, models, [text for text, *_ in rows], more)
-    histories, speed = [], common.Speed()
+    histories, speed = [], Speed()
     for number, model in enumerate(models):
         keras.utils.set_random_seed(args.seed + number)
         with speed.of(len(rows)) as counting:

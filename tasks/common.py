@@ -2,12 +2,10 @@
 
 import argparse
 import contextlib
-import dataclasses
 import json
 import math
 import os
 import pathlib
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -300,31 +298,6 @@ def profiled(args: argparse.Namespace, number: int = 0) -> contextlib.AbstractCo
     from tasks import profiling  # starts Keras
 
     return profiling.profiled(pathlib.Path(args.output_dir, "profile"))
-
-
-@dataclasses.dataclass
-class Speed:
-    """Rows that are trained in `seconds`, in the epochs run now: --resume has others from before."""
-
-    rows: int = 0
-    seconds: float = 0.0
-
-    @contextlib.contextmanager
-    def of(self, rows: int) -> Iterator[Any]:
-        """A callback for the `fit` inside, which counts `rows` for each epoch."""
-        import keras
-
-        def count(*_: Any) -> None:
-            self.rows += rows
-
-        started = time.perf_counter()
-        yield keras.callbacks.LambdaCallback(on_epoch_end=count)
-        self.seconds += time.perf_counter() - started
-
-    @property
-    def per_second(self) -> float:
-        """Rows per second, as a report has it."""
-        return round(self.rows / self.seconds, 1)
 
 
 def fit(args: argparse.Namespace, model: Any, name: str, *data: Any, **options: Any) -> Any:

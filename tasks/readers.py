@@ -86,6 +86,8 @@ def train(model, args, rows, validation):
     """Fits, keeps the weights of the best epoch; the history, and questions per second of the epochs run now."""
     import keras
 
+    from tasks.speed import Speed
+
     data, held = (fit_arguments(model, args, part) for part in (rows, validation))
     made = cloze.questions(list(dict.fromkeys(row.context for row in rows)), args.cloze, args.seed)
     if args.cloze and not made:
@@ -98,7 +100,7 @@ def train(model, args, rows, validation):
     model.compile(**common.compile_options(model, args, len(model.encode(data)["token_ids"])))
     best = keras.callbacks.EarlyStopping("val_loss", patience=args.patience, restore_best_weights=True)
     options = {"batch_size": args.batch_size, "epochs": args.epochs, "validation_data": (held,)}
-    speed = common.Speed()
+    speed = Speed()
     with common.profiled(args) as profile, speed.of(len(data)) as counting:
         history = common.fit(args, model, "reader", data, callbacks=[best, counting, *profile], **options).history
     return history, speed.per_second

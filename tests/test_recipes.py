@@ -13,7 +13,7 @@ import safetensors.numpy
 from tensorboard.backend.event_processing import event_accumulator
 
 import keras_llama
-from tasks import baselines, classification, classifiers, common, data, delivery, plots
+from tasks import baselines, classification, classifiers, common, data, delivery, plots, speed
 
 WORDS = {"sport": ["ball", "team", "goal", "match"], "tech": ["chip", "code", "robot", "data"]}
 
@@ -131,10 +131,10 @@ def test_the_speed_is_of_the_epochs_that_are_run_now(monkeypatch):
     monkeypatch.setattr(common, "fit", fit)
     monkeypatch.setattr(classifiers, "pretrain", pretrain)
     monkeypatch.setattr(keras_llama, "LlamaClassifierEnsemble", list)
-    monkeypatch.setattr(common, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(speed, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
     made, args = [(*row, "") for row in rows(20)], classification.parser().parse_args(["--pretrain-epochs", "1"])
-    _, histories, speed = classifiers.fit(args, models, [], made, made)
-    assert (len(histories[0]["loss"]), speed.per_second) == (4, 5)
+    _, histories, found = classifiers.fit(args, models, [], made, made)
+    assert (len(histories[0]["loss"]), found.per_second) == (4, 5)
 
 
 @pytest.mark.plain
@@ -394,7 +394,7 @@ def test_the_report_is_written_before_anything_is_delivered(tsv, classifier, tmp
     model = classifier("float32")
     model.labels = sorted(WORDS)
     monkeypatch.setattr(classifiers, "built", lambda *_: [model])
-    fitted = model, [{"loss": [1.0], "val_accuracy": [1.0]}], common.Speed(1, 1.0)
+    fitted = model, [{"loss": [1.0], "val_accuracy": [1.0]}], speed.Speed(1, 1.0)
     monkeypatch.setattr(classifiers, "fit", lambda *_: fitted)
     monkeypatch.setattr(delivery, "classifier", fail)
     with pytest.raises(RuntimeError, match="answers otherwise"):
