@@ -4,10 +4,10 @@
                                      [--vectors vectors.npz] [--floors svm regression]
 
 2,000 rows, always the same, are the test; each draw takes `--rows` of the others to train on. Beside it stand TF-IDF
-with a linear support vector machine, and a logistic regression on the frozen base's mean vectors, its strength chosen
-by cross-validation; its vectors, which take long, are kept in `--vectors`. With `--averaged` the model's probabilities
-are averaged with those of a second one, a head on the frozen base or on the first `--frozen-layers` of its blocks
-(`fit_head`, 30 epochs, rate 1e-3), whose seconds hold the vectors that no file or draw before has. Flags of
+with a linear support vector machine, and a logistic regression on mean vectors of the whole frozen base, its strength
+chosen by cross-validation; its vectors, which take long, are kept in `--vectors`. With `--averaged` the model's
+probabilities are averaged with those of a second one, a head on the frozen base or on the first `--frozen-layers` of
+its blocks (`fit_head`, 30 epochs, rate 1e-3), whose seconds hold the vectors that no file or draw before has. Flags of
 `tasks.classification` may follow. With `--part validation` 2,000 rows that no draw trains on stand for the test, for
 choices.
 """
@@ -50,7 +50,7 @@ def regression(vectors, labels, asked) -> np.ndarray:
 
 
 class Frozen:
-    """A regression on the base's mean vectors, which are computed once for each text and kept in a file, if any."""
+    """The base's mean vectors, which are computed once for each text and kept in a file, if any."""
 
     def __init__(self, base, path: str | None):
         self.base, self.path = base, path
@@ -77,7 +77,7 @@ def beside(args, frozen: Frozen, train, texts: list[str]):
     model = classifiers.head(args, frozen.base.backbone, frozen.base.labels)
     vectors = frozen([row[0] for row in train])
     classifiers.train(args, model, [(vector, *row[1:]) for vector, row in zip(vectors, train, strict=True)], [])
-    head = keras.Model(model.get_layer(model.pooled).output, model.output)
+    head = keras.Model(model.head_input, model.output)
     return model.probabilities(head.predict(frozen(texts), verbose=0))
 
 
@@ -110,8 +110,9 @@ def main() -> None:
     drawn, asked = parts(rows, args.part)
     labels, truth = sorted({row[1] for row in rows}), np.array([row[1] for row in asked])
     texts = [row[0] for row in asked]
-    base = argparse.Namespace(**{**vars(recipe), "preset_layers": args.frozen_layers})
-    frozen = Frozen(classifiers.build(base, [], labels), args.vectors)
+    floor = Frozen(classifiers.build(recipe, [], labels), args.vectors)
+    first = argparse.Namespace(**{**vars(recipe), "preset_layers": args.frozen_layers})
+    frozen = Frozen(classifiers.build(first, [], labels), None) if args.frozen_layers else floor
     for draw in args.draws:
         keras.utils.set_random_seed(draw)
         train = [drawn[i] for i in np.random.default_rng(draw).permutation(len(drawn))[: args.rows]]
@@ -134,7 +135,7 @@ def main() -> None:
             found = baselines.linear_labels(train, texts) == truth
             print(compared("TF-IDF + LinearSVC", right, found), flush=True)
         if "regression" in args.floors:
-            found = regression(frozen(learned), known, frozen(texts)) == truth
+            found = regression(floor(learned), known, floor(texts)) == truth
             print(compared("frozen vectors + logistic regression", right, found), flush=True)
 
 

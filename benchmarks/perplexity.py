@@ -4,9 +4,10 @@
                                                          [--llama-cpp q4_1.gguf] [--models float32 int8 ...]
 
 The first 50,000 bytes of the text, in windows of 512 tokens whose first has none before it; logits of the first window
-are compared with those of the first of `--models`. An adapter (rank 8, beside all linear kernels) is trained for
-`--steps` of 4 x 256 tokens on what follows in the text. llama.cpp reads `--llama-cpp`, and q8_0 of the same weights
-written here; it is asked for the log-probability of each next token.
+are compared with those of the first of `--models`. "int4/32" is int4 in groups of 32 numbers; "gptq" and "awq" are that
+of the blocks' kernels alone, calibrated on 64 x 256 tokens of what follows in the text. An adapter (rank 8, beside
+all linear kernels) is trained for `--steps` of 4 x 256 tokens, the same ones and on. llama.cpp reads `--llama-cpp`,
+and q8_0 of the same weights written here; it is asked for the log-probability of each next token.
 """
 
 import argparse
@@ -21,7 +22,8 @@ import numpy as np
 BYTES, WINDOW = 50_000, 512
 BATCH, LENGTH, RANK = 4, 256, 8
 CERTAIN, PATIENCE = 1e6, 60  # a bias beyond all logits; seconds
-DTYPES = ("float32", "bfloat16", "int8", "int4")
+SAMPLES, GROUP = 64, 32
+MODELS = ("float32", "bfloat16", "int8", "int4", "int4/32", "gptq", "awq")
 
 
 def windows(tokenizer, text: str, length: int) -> list[list[int]]:
@@ -33,23 +35,36 @@ def perplexity(log_probs) -> float:
     return math.exp(-np.mean(log_probs))
 
 
-def here(args, dtype: str, text: str, rest: str, exact: np.ndarray | None) -> np.ndarray:
-    """Perplexity of the model in this dtype, before and after an adapter is trained; logits of the first window."""
+def rounded(lm, name: str, rest: str) -> None:
+    """Quantises a model as one of `MODELS` says."""
+    import keras
+
+    if name in ("int8", "int4"):
+        lm.quantize(name)
+    elif name == "int4/32":
+        lm.quantize(config=keras.quantizers.Int4QuantizationConfig(block_size=GROUP))
+    elif name in ("gptq", "awq"):
+        kind = keras.quantizers.GPTQConfig if name == "gptq" else keras.quantizers.AWQConfig
+        rows = windows(lm.preprocessor.tokenizer, rest, LENGTH)[:SAMPLES]
+        lm.quantize(config=kind(rows, None, num_samples=SAMPLES, sequence_length=LENGTH, group_size=GROUP))
+
+
+def here(args, name: str, text: str, rest: str, exact: np.ndarray | None) -> np.ndarray:
+    """Perplexity of one of `MODELS`, before and after an adapter is trained; logits of the first window."""
     import keras
 
     import keras_llama
 
     keras.utils.set_random_seed(0)
-    computed = "bfloat16" if dtype == "bfloat16" else "float32"
+    computed = "bfloat16" if name == "bfloat16" else "float32"
     lm = keras_llama.LlamaCausalLM.from_preset(args.preset, dtype=computed)
-    if dtype.startswith("int"):
-        lm.quantize(dtype)
+    rounded(lm, name, rest)
     rows = windows(lm.preprocessor.tokenizer, text, WINDOW)
 
     def measured():
         return perplexity(np.concatenate([row["log_probs"] for row in lm.score(rows, batch_size=1)]))
 
-    print(f"{dtype}: {measured():.3f} over {sum(map(len, rows)) - len(rows)} tokens", flush=True)
+    print(f"{name}: {measured():.3f} over {sum(map(len, rows)) - len(rows)} tokens", flush=True)
     logits = lm.predict(np.array(rows[:1], "int32"), verbose=0)[0]
     if exact is not None:
         error = np.abs(logits - exact)
@@ -62,7 +77,7 @@ def here(args, dtype: str, text: str, rest: str, exact: np.ndarray | None) -> np
     lm.compile(keras.optimizers.Adam(2e-4))
     learned = windows(lm.preprocessor.tokenizer, rest, LENGTH)[: args.steps * BATCH]
     lm.fit(np.array(learned, "int32"), batch_size=BATCH, verbose=0)
-    print(f"{dtype} under LoRA, {args.steps} steps: {measured():.3f}", flush=True)
+    print(f"{name} under LoRA, {args.steps} steps: {measured():.3f}", flush=True)
     return logits
 
 
@@ -114,13 +129,13 @@ def main() -> None:
     flags.add_argument("--preset", default="smollm2_135m_instruct")
     flags.add_argument("--steps", type=int, default=40)
     flags.add_argument("--llama-cpp", metavar="FILE")
-    flags.add_argument("--models", nargs="*", choices=DTYPES, default=DTYPES)
+    flags.add_argument("--models", nargs="*", choices=MODELS, default=MODELS)
     args = flags.parse_args()
     with open(args.text, "rb") as file:
         text, rest = (file.read(size).decode(errors="ignore") for size in (BYTES, 20 * BYTES))
     exact = None
-    for dtype in args.models:
-        logits = here(args, dtype, text, rest, exact)
+    for name in args.models:
+        logits = here(args, name, text, rest, exact)
         exact = logits if exact is None else exact
     if args.llama_cpp:
         beside(args, text)

@@ -148,7 +148,7 @@ def _passes(task: Any, rows: int, length: int) -> list[Pass]:
     """A step's ways through the stacks of a task's blocks."""
     backbone = task.backbone
     options = {"dtype": task.compute_dtype, "rows": rows, "remat": backbone.remat is not None}
-    before = task.prompt_tokens - 1 if isinstance(task, LlamaImageCaptioner) else 0
+    before = task.prompt_tokens - 1
     # A projector or the vectors of `question_overlap` are in front, and are trained beside a frozen base, too.
     in_front = before or getattr(task, "question_overlap", False) is not False
     through = bool(backbone.trainable_variables or (in_front and task.trainable_variables))

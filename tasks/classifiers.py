@@ -142,8 +142,6 @@ def train(args, model, rows, validation, number=0, callbacks=()):
     }
     with common.profiled(args, number) as profile:
         options["callbacks"] = callbacks + profile
-        if args.trainable == "head":
-            return model.fit_head(texts, labels, **options).history
         return common.fit(args, model, f"classifier_{number}", texts, labels, **options).history
 
 

@@ -261,7 +261,7 @@ def _saved(args: argparse.Namespace, cls: Any) -> Any:
     text, context = model.preprocessor, model.backbone.config.context_length
     if text and "sequence_length" in args.asked:
         length = args.sequence_length
-        before = getattr(model, "prompt_tokens", 1) - 1  # in front of a text, as an image's patches
+        before = model.prompt_tokens - 1  # in front of a text, as an image's patches
         if context and before + length > context:
             raise DataError(
                 f"--sequence-length must be at most the model's context of {context} tokens"
@@ -301,11 +301,12 @@ def profiled(args: argparse.Namespace, number: int = 0) -> contextlib.AbstractCo
 
 
 def fit(args: argparse.Namespace, model: Any, name: str, *data: Any, **options: Any) -> Any:
-    """`fit` that keeps its state in the directory `name` of --resume, and goes on from what is there."""
+    """`fit` or `fit_head` that keeps its state in the directory `name` of --resume, and goes on from what is there."""
+    train = model.fit_head if args.trainable == "head" else model.fit
     if not args.resume:
-        return model.fit(*data, **options)
+        return train(*data, **options)
     try:
-        return model.fit(*data, resume=pathlib.Path(args.resume, name), **options)
+        return train(*data, resume=pathlib.Path(args.resume, name), **options)
     except ValueError as error:
         raise DataError(f"--resume {args.resume}: {error}") from error
 

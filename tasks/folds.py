@@ -45,7 +45,7 @@ class Folds:
         )
         model = classifiers.head(args, base.backbone, self.labels)
         classifiers.train(args, model, train, validation)
-        head = keras.Model(model.get_layer(model.pooled).output, model.output)
+        head = keras.Model(model.head_input, model.output)
         return model.probabilities(head.predict(np.stack([vector for vector, *_ in asked]), verbose=0))
 
     @functools.cached_property

@@ -132,7 +132,7 @@ def main(arguments=None):
         model = readers.build(args, *parts[:2])
         if trains:
             common.choose_trainable(model, args)
-            memory.check(model, args, best=True)
+            memory.check(model, args, best=True, kept=readers.bytes_of_states(model, args, *parts[:2]))
     except ValueError as error:
         flags.error(str(error))
     if trains or not args.interactive:

@@ -89,14 +89,14 @@ def train(model, args, rows, validation):
     from tasks.speed import Speed
 
     data, held = (fit_arguments(model, args, part) for part in (rows, validation))
-    made = cloze.questions(list(dict.fromkeys(row.context for row in rows)), args.cloze, args.seed)
-    if args.cloze and not made:
+    clozes = made(args, rows)
+    if args.cloze and not clozes:
         raise common.DataError("--cloze: expected contexts with sentences of four words or more. Received: none.")
     if args.pretrain_epochs:
         pretrain(args, model, answers.pieces(rows, args.sequence_length))
-    if made:
-        model.compile(**common.compile_options(model, args, len(model.encode(made)["token_ids"]), 1))
-        common.fit(args, model, "cloze", made, batch_size=args.batch_size)
+    if clozes:
+        model.compile(**common.compile_options(model, args, len(model.encode(clozes)["token_ids"]), 1))
+        common.fit(args, model, "cloze", clozes, batch_size=args.batch_size)
     model.compile(**common.compile_options(model, args, len(model.encode(data)["token_ids"])))
     best = keras.callbacks.EarlyStopping("val_loss", patience=args.patience, restore_best_weights=True)
     options = {"batch_size": args.batch_size, "epochs": args.epochs, "validation_data": (held,)}
@@ -104,6 +104,26 @@ def train(model, args, rows, validation):
     with common.profiled(args) as profile, speed.of(len(data)) as counting:
         history = common.fit(args, model, "reader", data, callbacks=[best, counting, *profile], **options).history
     return history, speed.per_second
+
+
+def bytes_of_states(model, args, rows, validation):
+    """What --trainable head keeps of all windows: in float32 and once more, and as half precision computed it."""
+    from keras_llama.activations import REAL, width_of
+
+    if args.trainable != "head" or model.question_overlap is not False:
+        return 0
+    learned = [fit_arguments(model, args, part) for part in (rows, validation)]
+    windows = max(
+        sum(len(model.encode(part)["token_ids"]) for part in stage if part) for stage in (learned, [made(args, rows)])
+    )
+    numbers = windows * model.preprocessor.sequence_length * model.backbone.config.hidden_dim
+    half = width_of(model.compute_dtype) % REAL
+    return numbers * (2 * REAL + half)
+
+
+def made(args, rows):
+    """The questions of --cloze."""
+    return cloze.questions(list(dict.fromkeys(row.context for row in rows)), args.cloze, args.seed)
 
 
 def fit_arguments(model, args, rows):

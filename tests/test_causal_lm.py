@@ -155,6 +155,31 @@ def test_refuses_bad_token_ids_before_any_step(make_backbone, case):
 
 
 @pytest.mark.plain
+def test_texts_longer_than_the_context_are_refused(make_backbone, tokenizer):
+    ids = np.ones((2, 9), int)
+    backbone = make_backbone(context_length=8, vocabulary_size=300)
+    texts = keras_llama.TextPreprocessor(tokenizer, 16)
+    lm = keras_llama.LlamaCausalLM(backbone, texts)
+    models = [(lm, None), (keras_llama.LlamaTextClassifier(backbone, 2, preprocessor=texts), [0, 1])]
+    for model, targets in models:
+        model.compile()
+        before = [ops.convert_to_numpy(weight) for weight in model.weights]
+        for x, longest in ((ids, 9), (["a good film", "what a film it is a good film"], 11)):
+            message = rf"`x` must hold texts of at most 8 tokens.*Received: longest={longest}\b"
+            for call in (lambda x, y=targets, model=model: model.fit(x, y), model.predict):
+                with pytest.raises(ValueError, match=message):
+                    call(x)
+        for weight, old in zip(model.weights, before, strict=True):
+            np.testing.assert_array_equal(ops.convert_to_numpy(weight), old)
+    packed = {"token_ids": ids, "padding_mask": np.array([[1] * 8 + [2], [1] * 4 + [2] * 4 + [0]])}
+    assert lm.predict(packed, verbose=0).shape == (2, 9, 300)
+    size = {**keras_llama.size("tiny"), "num_layers": 1, "context_length": 8}
+    translator = keras_llama.LlamaSeq2SeqLM(keras_llama.LlamaSeq2SeqBackbone(vocabulary_size=300, **size))
+    with pytest.raises(ValueError, match="at most 8 tokens"):
+        translator.predict({"encoder_token_ids": ids[:, :3], "decoder_token_ids": ids}, verbose=0)
+
+
+@pytest.mark.plain
 def test_fit_without_compile_says_so(make_backbone):
     with pytest.raises(ValueError, match="compile"):
         keras_llama.LlamaCausalLM(make_backbone()).fit(np.ones((2, 4), int), verbose=0)

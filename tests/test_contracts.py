@@ -84,7 +84,7 @@ ORDER = [
     "heads.inputs",
     "heads.files",
     "heads.task",
-    "heads.pooled",
+    "heads.head_task",
     "heads.plan",
     "heads.completion",
     "heads.language_model",

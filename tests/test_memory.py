@@ -300,13 +300,17 @@ def test_what_stays_beside_a_training_is_counted(make_task, capsys, monkeypatch)
     args = recipe(task)
     found = keras_llama.estimate_memory(task, 64, 32, common.optimizer("adamw", 1e-3, 0.1, task.head))
     alone = found.peak - found.weights
-    for given, held in (({"best": True}, found.weights), ({"trained": 2}, 2 * found.optimizer)):
+    for given, held in (
+        ({"best": True}, found.weights),
+        ({"kept": 1000}, 1000),
+        ({"trained": 2}, 2 * found.optimizer),
+    ):
         memory.check(task, args, alone + held, **given)
         with pytest.raises(common.DataError, match="--force trains anyway"):
             memory.check(task, args, alone + held - 1, **given)
     assert f"; beside it {held / 2**20:.0f} MiB of the best" in capsys.readouterr().out
     monkeypatch.setattr(backend, "has_gpu", lambda: True)
-    memory.check(task, args, alone, best=True)
+    memory.check(task, args, alone, best=True, kept=1000)
 
 
 @pytest.mark.plain

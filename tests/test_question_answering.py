@@ -195,6 +195,8 @@ def test_refuses_what_is_no_question(make):
             model.answer(question, context)
     with pytest.raises(ValueError, match="`sample_weight` must be None"):
         model.fit(ROWS, sample_weight=np.ones(5), verbose=0)
+    with pytest.raises(ValueError, match="`sample_weight` must be None"):
+        model.fit_head(ROWS, sample_weight=np.ones(5), verbose=0)
 
 
 @pytest.mark.plain
@@ -376,6 +378,47 @@ def test_saved_and_loaded_as_it_was(make, tmp_path):
     assert fields["architectures"] == ["LlamaForQuestionAnswering"]
     assert fields["model_type"] == "keras_llama"  # bidirectional: no other tool knows it
     keras.saving.load_model(tmp_path / "model.keras").fit(ROWS, verbose=0)  # compiled as before
+
+
+LONG = [*ROWS, {"question": "Who slept?", "context": f"{CAT} It rained. {CAT}", "answers": "A dog"}]  # several windows
+
+
+def test_a_head_on_states_computed_once_is_training_with_a_frozen_base(make, monkeypatch):
+    alone, whole = make(length=40, stride=8), make(length=40, stride=8)
+    whole.set_weights(alone.get_weights())
+    for model in (alone, whole):
+        model.compile(keras.optimizers.SGD(1.0))  # Adam moves the bias, whose gradient is 0, by rounding
+    whole.freeze_base()
+    options = {"batch_size": 99, "epochs": 4, "validation_data": (ROWS,), "verbose": 0}
+    expected = whole.fit(LONG, **options).history
+    asked, call = [], keras_llama.LlamaBlock.call
+    monkeypatch.setattr(keras_llama.LlamaBlock, "call", lambda *args, **kw: asked.append(1) or call(*args, **kw))
+    found = alone.fit_head(LONG, **options).history
+    assert len(asked) <= 4  # a batch to train and one to validate on, each of which may be traced twice
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        np.testing.assert_allclose(found[name], values, rtol=1e-4, err_msg=name)
+    assert expected["loss"][-1] < 0.99 * expected["loss"][0]
+    np.testing.assert_allclose(*(model.predict(ROWS, verbose=0) for model in (alone, whole)), atol=1e-4)
+    assert [weight.path for weight in alone.trainable_weights] == ["qa_outputs/kernel", "qa_outputs/bias"]
+    states = alone.features(LONG)
+    assert states.shape == (7, 40, 32)
+    head = whole.get_layer("qa_outputs")
+    logits = states @ keras.ops.convert_to_numpy(head.kernel) + keras.ops.convert_to_numpy(head.bias)
+    np.testing.assert_allclose(logits, whole.predict(LONG, verbose=0), atol=1e-4)
+
+
+@pytest.mark.plain
+def test_a_head_alone_of_token_ids_and_beside_overlap(make):
+    ids = np.array([[5, 6, 7, 8], [9, 8, 7, 5]])
+    model = compiled(make())
+    loss = model.fit_head(ids, np.array([[1, 2], [0, 3]]), epochs=20, verbose=0).history["loss"]
+    assert loss[-1] < loss[0]
+    model = compiled(make(question_overlap=True))
+    before = keras.ops.convert_to_numpy(model.get_layer("question_overlap").kernel)
+    model.fit_head(ROWS, verbose=0)
+    assert np.abs(keras.ops.convert_to_numpy(model.get_layer("question_overlap").kernel) - before).max() > 1e-3
+    assert len(model.trainable_weights) == 3
 
 
 @pytest.mark.plain

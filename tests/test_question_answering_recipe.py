@@ -177,15 +177,52 @@ def test_questions_without_an_answer(squad, tmp_path):
 @pytest.mark.plain
 @pytest.mark.usefixtures("not_exported")
 @pytest.mark.parametrize("trainable", ["lora", "head"])
-def test_trains_little_of_a_checkpoint(squad, chat_lm, tmp_path, trainable, capsys):
+def test_trains_little_of_a_checkpoint(squad, chat_lm, tmp_path, trainable, capsys, monkeypatch):
+    heads = []
+    fit_head = keras_llama.LlamaQuestionAnswering.fit_head
+    monkeypatch.setattr(
+        keras_llama.LlamaQuestionAnswering, "fit_head", lambda *args, **kw: heads.append(1) or fit_head(*args, **kw)
+    )
     chat_lm.save_to_preset(tmp_path / "lm")
     flags = ["--preset", tmp_path / "lm", "--trainable", trainable, "--epochs", 1, "--output-dir", tmp_path / "out"]
     run("--data", squad, *flags)
     assert "has no qa_outputs.bias, qa_outputs.weight: drawn at random" in capsys.readouterr().out
     model = keras.saving.load_model(tmp_path / "out" / "model.keras")
+    assert bool(heads) == (trainable == "head")
     assert (tmp_path / "out" / "adapter").is_dir() == (trainable == "lora")
     base = keras.ops.convert_to_numpy(chat_lm.backbone.token_embedding.embeddings)
     np.testing.assert_array_equal(keras.ops.convert_to_numpy(model.backbone.token_embedding.embeddings), base)
+
+
+@pytest.mark.plain
+def test_memory_of_states_that_are_kept_is_checked(squad, chat_lm, tmp_path, monkeypatch, capsys):
+    chat_lm.save_to_preset(tmp_path / "lm")
+    rows = answers.read(squad)
+    args, model = built("--preset", tmp_path / "lm", "--trainable", "head", "--sequence-length", 64, rows=rows)
+    windows = len(model.encode(readers.fit_arguments(model, args, rows))["token_ids"])
+    number = windows * 64 * model.backbone.config.hidden_dim
+    assert readers.bytes_of_states(model, args, rows[:8], rows[8:]) == 8 * number
+    args.cloze = 50
+    clozes = len(model.encode(readers.made(args, rows))["token_ids"])
+    assert clozes > windows
+    assert readers.bytes_of_states(model, args, rows, []) == 8 * clozes * 64 * model.backbone.config.hidden_dim
+    args.trainable = "lora"
+    assert readers.bytes_of_states(model, args, rows, []) == 0
+    monkeypatch.setattr("keras_llama.backend.has_gpu", lambda: False)
+    monkeypatch.setattr("keras_llama.backend.free_memory", lambda: 2**60)
+    monkeypatch.setattr(readers, "bytes_of_states", lambda *_: 2**61)
+    with pytest.raises(SystemExit):
+        run("--data", squad, "--preset", tmp_path / "lm", "--trainable", "head", "--output-dir", tmp_path / "out")
+    assert "fewer rows (--limit), or LoRA; --force trains anyway" in capsys.readouterr().err
+
+
+@pytest.mark.plain
+def test_a_head_alone_has_no_state_to_resume(squad, chat_lm, tmp_path, capsys):
+    chat_lm.save_to_preset(tmp_path / "lm")
+    with pytest.raises(SystemExit):
+        run("--data", squad, "--preset", tmp_path / "lm", "--trainable", "head", "--output-dir", tmp_path / "out",
+            "--resume", tmp_path / "state")  # fmt: skip
+    assert "`fit_head` has no such options" in capsys.readouterr().err
 
 
 @pytest.mark.plain

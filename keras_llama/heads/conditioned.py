@@ -28,11 +28,6 @@ class ConditionedModel(LanguageModel):
         super().__init__(backbone, preprocessor, generation_config, **kwargs)
         self.label_smoothing = label_smoothing
 
-    @property
-    def prompt_tokens(self):
-        """How many tokens stand in a row before its text, the start included."""
-        return 1
-
     def prompts_of(self, sources):
         """Rows of `prompt_tokens` token ids for these sources, and the context of the token loop."""
         raise NotImplementedError

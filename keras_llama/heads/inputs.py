@@ -27,6 +27,7 @@ class Inputs:
     backbone: Any
     jit_compile: bool
     sides: tuple[str, ...] = ("",)  # what `token_ids` and `padding_mask` of each text are prefixed with
+    prompt_tokens = 1  # in front of what is generated: a token to begin with, and an image's patches
     packs = False  # whether `pack` may put several texts into a row
     augment: Any = None  # (a batch to train on, integers to draw from) -> the batch, changed at random
 
@@ -112,9 +113,12 @@ class Inputs:
         """A function from row numbers to inputs, and a number per row to sort by, for texts or token ids."""
         if self._are_token_ids(x, packing):
             arrays = self._token_ids(x, argument)
+            masks = (arrays[f"{side}padding_mask"] for side in self.sides)
+            self._check_context((_longest_text(mask) for mask in masks if mask.shape[1] > self._room), argument)
             rows = len(arrays[f"{self.sides[0]}token_ids"])
             return lambda chosen: {key: value[chosen] for key, value in arrays.items()}, np.zeros(rows)
         columns = self.encode(x, argument, cut, predicting=predicting)
+        self._check_context((len(row) for side in self.sides for row in columns[f"{side}token_ids"]), argument)
         columns = self._packed(columns) if packing else columns
 
         def inputs(chosen):
@@ -157,6 +161,20 @@ class Inputs:
         if len(set(rows.values())) > 1:
             raise invalid(f"`{argument}` must have as many rows on each side.", **rows)
         return {key: value.astype("int32") for key, value in arrays.items()}
+
+    @property
+    def _room(self):
+        """Most tokens of a text, beside what stands before it, in what the backbone was trained for."""
+        context = self.backbone.config.context_length
+        return np.inf if context is None else context - (self.prompt_tokens - 1)
+
+    def _check_context(self, lengths, argument):
+        if (longest := max(lengths, default=0)) > self._room:
+            raise invalid(
+                f"`{argument}` must hold texts of at most {self._room} tokens, for the backbone's context.",
+                "Cut them, or give the preprocessor such a `sequence_length`.",
+                longest=longest,
+            )
 
     def _id_rows(self, x, argument):
         """Rows of token ids of one text each, none empty, from a dict, an array, or lists."""
@@ -215,6 +233,12 @@ def are_ids(x) -> bool:
     if isinstance(x, (list, tuple)):
         return bool(x) and not isinstance(x[0], (str, bytes, dict)) and np.ndim(x[0]) == 1
     return is_token_ids(x)
+
+
+def _longest_text(mask):
+    """Most tokens of a text in rows (B, T), of which each may hold several: n for the n-th of a row, 0 for padding."""
+    texts = mask + np.arange(len(mask))[:, None] * (int(mask.max()) + 1)
+    return int(np.unique(texts[mask > 0], return_counts=True)[1].max(initial=0))
 
 
 def _without_none(batch):

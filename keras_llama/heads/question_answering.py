@@ -12,7 +12,7 @@ from keras_llama import backend
 from keras_llama.config import invalid
 from keras_llama.export.graph_spans import GraphSpans
 from keras_llama.export.saved_model import STRINGS, Signature
-from keras_llama.heads.task import Task
+from keras_llama.heads.head_task import HeadTask
 from keras_llama.layers import kernel_initializer, register
 from keras_llama.losses import SpanAccuracy, SpanCrossentropy
 from keras_llama.overlap import QuestionOverlap
@@ -23,7 +23,7 @@ _OPTIONS = ("stride", "max_answer_length", "no_answer_threshold", "dropout", "qu
 
 
 @register
-class LlamaQuestionAnswering(Task):
+class LlamaQuestionAnswering(HeadTask):
     """Questions and contexts -> logits (W, T, 2) of where the answer starts and ends, float32; `answer` gives answers.
 
     A context that is too long for a row goes into several, its windows: `[begin] question end context end`. An answer
@@ -63,6 +63,7 @@ class LlamaQuestionAnswering(Task):
     """
 
     head = "qa_outputs"
+    before_head = "hidden_dropout"
     base = "transformer."
 
     def __init__(
@@ -167,6 +168,18 @@ class LlamaQuestionAnswering(Task):
             logs |= answer_scores(texts, [row.answers for row in rows])
         return logs if return_dict else list(logs.values())
 
+    def fit_head(self, x, y=None, *args, **kwargs):
+        """As of every head, on the states of all windows, (W, T, D), which are kept in memory.
+
+        Where there are vectors of `question_overlap`, which are trained, too, and stand before the blocks, states do
+        not stay: then it is `freeze_base()` and `fit`, and takes what that takes.
+        """
+        if self.question_overlap is False:
+            return super().fit_head(x, y, *args, **kwargs)
+        self.check_compiled()
+        self.freeze_base()
+        return self.fit(x, y, *args, **kwargs)
+
     def _best(self, rows, batch_size):
         """The best answers to `Question`s."""
         if self.preprocessor is None:
@@ -176,9 +189,16 @@ class LlamaQuestionAnswering(Task):
         return list(best_answers(rows, found, logits, self.max_answer_length, self.no_answer_threshold))
 
     def _dataset(self, x, y=None, sample_weight=None, batch_size=None, **options):
+        self._refuse_weights(x, sample_weight)
+        return super()._dataset(x, y, sample_weight, batch_size, **options)
+
+    def _checked(self, x, y, sample_weight, *args, **kwargs):
+        self._refuse_weights(x, sample_weight)
+        return super()._checked(x, y, sample_weight, *args, **kwargs)
+
+    def _refuse_weights(self, x, sample_weight):
         if sample_weight is not None and not self._are_token_ids(x):
             raise invalid("`sample_weight` must be None: a question may have several rows.", rows=len(sample_weight))
-        return super()._dataset(x, y, sample_weight, batch_size, **options)
 
     def join(self, x, y):
         if isinstance(x, Windows) or self._are_token_ids(x):

@@ -158,9 +158,10 @@ class Task(Inputs, Files):
             **kwargs: everything else that Keras' `fit` takes.
 
         Raises:
-            ValueError: for a text that is empty or no string, or targets that do not fit, named by row; for a
-                state in `resume` of another model, of other data, or cut short; for arguments beside a dataset that
-                its batches hold; or if the task is not compiled.
+            ValueError: for a text that is empty or no string, or targets that do not fit, named by row; for texts or
+                token ids longer than the backbone's context, but in a `tf.data.Dataset`; for a state in `resume` of
+                another model, of other data, or cut short; for arguments beside a dataset that its batches hold; or if
+                the task is not compiled.
         """
         self.check_compiled()
         half = {v.dtype for v in self.trainable_variables} & {"bfloat16", "float16"}

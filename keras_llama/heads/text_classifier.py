@@ -8,7 +8,7 @@ from keras_llama import backend
 from keras_llama.checkpoints import hf
 from keras_llama.config import invalid
 from keras_llama.export.saved_model import STRINGS, Signature
-from keras_llama.heads.pooled import PooledTask
+from keras_llama.heads.head_task import HeadTask
 from keras_llama.layers import kernel_initializer, register
 from keras_llama.losses import PassDivergence
 
@@ -46,7 +46,7 @@ class Pooling(keras.layers.Layer):
 
 
 @register
-class LlamaTextClassifier(PooledTask):
+class LlamaTextClassifier(HeadTask):
     """Texts -> logits (B, C), float32; `classify` gives labels and scores.
 
     Args:
@@ -109,6 +109,7 @@ class LlamaTextClassifier(PooledTask):
         self.r_drop = r_drop
 
     head = "score"
+    before_head = "pooled_dropout"
 
     def _describe(self, num_classes, labels, problem_type):
         self.num_classes = num_classes

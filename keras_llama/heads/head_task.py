@@ -1,4 +1,4 @@
-"""PooledTask: a head on one vector per text, which can be trained alone. Shapes: B batch, T tokens, D hidden."""
+"""HeadTask: a head of its own, which can be trained alone. Shapes: B batch, T tokens, D hidden, N texts or windows."""
 
 import functools
 
@@ -10,28 +10,35 @@ from keras_llama.heads.inputs import row_weights, rows_per_step
 from keras_llama.heads.task import Task, hold_out, in_order
 
 
-class PooledTask(Task):
-    """A task whose graph goes through vectors (B, D), the output of the layer named `pooled`."""
+class HeadTask(Task):
+    """A task whose head reads vectors, (B, D) of texts or (B, T, D) of tokens: the input of the layer `before_head`."""
 
-    pooled = "pooling"
+    before_head: str
     r_drop = 0.0  # a second pass over each batch of `fit`, as a classifier may have it
 
+    @property
+    def head_input(self):
+        """The tensor that the head reads."""
+        return self.get_layer(self.before_head).input
+
     def features(self, x, batch_size=None):
-        """The vectors that the head reads, (N, D), of texts or token ids, in their order.
+        """The vectors that the head reads, in the order of the texts or rows of token ids: (N, D).
+
+        Of questions they are (W, T, D), of all their windows, T as long as the longest of them.
 
         Args:
             x: what `predict` takes.
             batch_size: rows per step; 32 unless given.
 
         Raises:
-            ValueError: for a text that is empty or no string.
+            ValueError: for a text that is empty or no string, or longer than the backbone's context.
 
         >>> backbone = keras_llama.LlamaBackbone(vocabulary_size=100, **keras_llama.size("tiny"))
         >>> classifier = keras_llama.LlamaTextClassifier(backbone, num_classes=3)
         >>> classifier.features(np.array([[5, 8, 2]])).shape
         (1, 128)
         """
-        return self._vectors(self._rows(x, predicting=True), batch_size)
+        return self._vectors(self._rows(x, predicting=True, one_length=self._of_tokens), batch_size)
 
     def fit_head(
         self,
@@ -83,13 +90,17 @@ class PooledTask(Task):
             parts.append(self._checked(x, y, sample_weight, argument="validation_data"))
         computed = [(self._vectors(rows, batch_size), targets, weights) for rows, targets, weights in parts]
         self.freeze_base()
-        head = keras.Model(self.get_layer(self.pooled).output, self.output)
+        head = keras.Model(self.head_input, self.output)
         head.dtype_policy = self.dtype_policy  # which decides whether the loss is scaled
         head.compile(self.optimizer, **{**self.compile_options, "jit_compile": self.jit_compile})
         vectors, targets, weights = computed[0]
         held = computed[1] if len(computed) > 1 else None
         options = {"validation_data": held, "batch_size": batch_size, "epochs": epochs, **kwargs}
         return head.fit(vectors, targets, sample_weight=weights, **options)
+
+    @property
+    def _of_tokens(self):
+        return len(self.head_input.shape) == 3
 
     def _checked(self, x, y, sample_weight, argument="x", training=False):
         """Rows as `_rows` gives them, or vectors, with targets and weights of the user's data."""
@@ -99,21 +110,29 @@ class PooledTask(Task):
                 "`freeze_base()` and `fit` read a PyDataset.",
                 **{argument: type(x).__name__},
             )
-        if isinstance(x, np.ndarray) and keras.backend.is_float_dtype(x.dtype.name):
-            shape = (len(x), *self.get_layer(self.pooled).output.shape[1:])
+        if isinstance(x, np.ndarray) and keras.backend.is_float_dtype(x.dtype.name) and not self._of_tokens:
+            shape = (len(x), *self.head_input.shape[1:])
             if x.shape != shape:
                 raise invalid(f"`{argument}` must hold vectors of shape {shape}.", **{argument: x.shape})
-            rows, count = x, len(x)
-        else:
-            rows = self._rows(x, argument, predicting=True)
-            count = len(rows[1])
-        return rows, self.check_targets(y, count, training), row_weights(sample_weight, count)
+            return x, self.check_targets(y, len(x), training), row_weights(sample_weight, len(x))
+        x, y = self.join(x, y)
+        batch, lengths = self._rows(x, argument, one_length=self._of_tokens)
+        count = len(lengths)
+        targets, weights = self.check_targets(y, count, training), row_weights(sample_weight, count)
+        if self._of_tokens:  # whose targets stand beside the ids
+            _, targets, weights = self.finish_batch(batch(np.arange(count)), targets, weights)
+        return (batch, lengths), targets, weights
 
     def _vectors(self, rows, batch_size):
         if isinstance(rows, np.ndarray):
             return rows
-        return in_order(self._until_head.predict, rows, batch_size, verbose=0)
+        batch, lengths = rows
+
+        def inputs(chosen):
+            return {name: array for name, array in batch(chosen).items() if name in self.input}
+
+        return in_order(self._until_head.predict, (inputs, lengths), batch_size, verbose=0)
 
     @functools.cached_property
     def _until_head(self):
-        return keras.Model(self.input, self.get_layer(self.pooled).output)
+        return keras.Model(self.input, self.head_input)
