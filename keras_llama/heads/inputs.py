@@ -27,9 +27,13 @@ class Inputs:
     backbone: Any
     jit_compile: bool
     sides: tuple[str, ...] = ("",)  # what `token_ids` and `padding_mask` of each text are prefixed with
-    prompt_tokens = 1  # in front of what is generated: a token to begin with, and an image's patches
     packs = False  # whether `pack` may put several texts into a row
     augment: Any = None  # (a batch to train on, integers to draw from) -> the batch, changed at random
+
+    @property
+    def prompt_tokens(self):
+        """How many tokens stand in front of what is generated: one to begin with, and an image's patches."""
+        return 1
 
     def join(self, x, y):
         """Inputs and targets as `encode` and `check_targets` take them, from those of `fit`."""
