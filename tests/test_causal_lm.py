@@ -171,6 +171,16 @@ def test_texts_longer_than_the_context_are_refused(make_backbone, tokenizer):
                     call(x)
         for weight, old in zip(model.weights, before, strict=True):
             np.testing.assert_array_equal(ops.convert_to_numpy(weight), old)
+
+    class Source(keras.utils.PyDataset):
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return (["what a film it is a good film"],)
+
+    with pytest.raises(ValueError, match="at most 8 tokens"):
+        lm.fit(Source(), verbose=0)
     packed = {"token_ids": ids, "padding_mask": np.array([[1] * 8 + [2], [1] * 4 + [2] * 4 + [0]])}
     assert lm.predict(packed, verbose=0).shape == (2, 9, 300)
     size = {**keras_llama.size("tiny"), "num_layers": 1, "context_length": 8}

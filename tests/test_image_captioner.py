@@ -132,6 +132,19 @@ def inputs_of(model, images, rows):
     return {"images": images, "token_ids": ids, "padding_mask": np.ones_like(ids)}
 
 
+@pytest.mark.plain
+def test_a_caption_has_the_context_behind_the_patches(tokenizer):
+    model = make(tokenizer, length=12, backbone={"context_length": 28})  # 16 patches
+    model.compile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the caption is cut
+        model.fit(noise(1), ["what is green " * 9], verbose=0)
+    rows = [[5] * 11, [5] * 12]
+    assert model.predict(inputs_of(model, noise(1), rows[:1]), verbose=0).shape[1] == 12
+    with pytest.raises(ValueError, match=r"texts of at most 12 tokens.*Received: longest=13"):
+        model.predict(inputs_of(model, noise(1), rows[1:]), verbose=0)
+
+
 def test_cached_decoding_is_that_of_the_whole_graph(by_ids):
     images = noise(3)
     found = by_ids.generate(images, 6)["token_ids"]

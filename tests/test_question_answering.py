@@ -403,9 +403,22 @@ def test_a_head_on_states_computed_once_is_training_with_a_frozen_base(make, mon
     assert [weight.path for weight in alone.trainable_weights] == ["qa_outputs/kernel", "qa_outputs/bias"]
     states = alone.features(LONG)
     assert states.shape == (7, 40, 32)
+    np.testing.assert_allclose(alone.features(LONG, batch_size=3), states, atol=1e-5)  # of windows of other lengths
     head = whole.get_layer("qa_outputs")
     logits = states @ keras.ops.convert_to_numpy(head.kernel) + keras.ops.convert_to_numpy(head.bias)
     np.testing.assert_allclose(logits, whole.predict(LONG, verbose=0), atol=1e-4)
+    assert alone.fit_head(LONG, batch_size=3, verbose=0).history["loss"][0] > 0
+
+
+@pytest.mark.plain
+def test_a_head_alone_on_half_precision(make):
+    model = make()
+    reader = keras_llama.LlamaQuestionAnswering(
+        keras_llama.LlamaBackbone.from_config({**model.backbone.get_config(), "dtype": "bfloat16"}), model.preprocessor
+    )
+    loss = compiled(reader).fit_head(ROWS, epochs=20, verbose=0).history["loss"]
+    assert loss[-1] < 0.9 * loss[0]
+    assert reader.get_layer("qa_outputs").kernel.dtype == "float32"
 
 
 @pytest.mark.plain
