@@ -89,14 +89,14 @@ def train(model, args, rows, validation):
     from tasks.speed import Speed
 
     data, held = (fit_arguments(model, args, part) for part in (rows, validation))
-    clozes = made(args, rows)
-    if args.cloze and not clozes:
+    made = cloze_questions(args, rows)
+    if args.cloze and not made:
         raise common.DataError("--cloze: expected contexts with sentences of four words or more. Received: none.")
     if args.pretrain_epochs:
         pretrain(args, model, answers.pieces(rows, args.sequence_length))
-    if clozes:
-        model.compile(**common.compile_options(model, args, len(model.encode(clozes)["token_ids"]), 1))
-        common.fit(args, model, "cloze", clozes, batch_size=args.batch_size)
+    if made:
+        model.compile(**common.compile_options(model, args, len(model.encode(made)["token_ids"]), 1))
+        common.fit(args, model, "cloze", made, batch_size=args.batch_size)
     model.compile(**common.compile_options(model, args, len(model.encode(data)["token_ids"])))
     best = keras.callbacks.EarlyStopping("val_loss", patience=args.patience, restore_best_weights=True)
     options = {"batch_size": args.batch_size, "epochs": args.epochs, "validation_data": (held,)}
@@ -113,16 +113,15 @@ def bytes_of_states(model, args, rows, validation):
     if args.trainable != "head" or model.question_overlap is not False:
         return 0
     learned = [fit_arguments(model, args, part) for part in (rows, validation)]
-    windows = max(
-        sum(len(model.encode(part)["token_ids"]) for part in stage if part) for stage in (learned, [made(args, rows)])
-    )
+    stages = (learned, [cloze_questions(args, rows)])  # one after the other
+    windows = max(sum(len(model.encode(part)["token_ids"]) for part in stage if part) for stage in stages)
     numbers = windows * model.preprocessor.sequence_length * model.backbone.config.hidden_dim
-    half = width_of(model.compute_dtype) % REAL
-    return numbers * (2 * REAL + half)
+    width = width_of(model.compute_dtype)
+    return numbers * (2 * REAL + (width if width < REAL else 0))
 
 
-def made(args, rows):
-    """The questions of --cloze."""
+def cloze_questions(args, rows):
+    """Those of --cloze, made of each context."""
     return cloze.questions(list(dict.fromkeys(row.context for row in rows)), args.cloze, args.seed)
 
 

@@ -203,7 +203,7 @@ def test_memory_of_states_that_are_kept_is_checked(squad, chat_lm, tmp_path, mon
     number = windows * 64 * model.backbone.config.hidden_dim
     assert readers.bytes_of_states(model, args, rows[:8], rows[8:]) == 8 * number
     args.cloze = 50
-    clozes = len(model.encode(readers.made(args, rows))["token_ids"])
+    clozes = len(model.encode(readers.cloze_questions(args, rows))["token_ids"])
     assert clozes > windows
     assert readers.bytes_of_states(model, args, rows, []) == 8 * clozes * 64 * model.backbone.config.hidden_dim
     args.trainable = "lora"

@@ -1,4 +1,4 @@
-"""HeadTask: a head of its own, which can be trained alone. Shapes: B batch, T tokens, D hidden, N texts or windows."""
+"""HeadTask: a head of its own, which can be trained alone. Shapes: B batch, T tokens, D hidden, N texts, W windows."""
 
 import functools
 
@@ -24,7 +24,7 @@ class HeadTask(Task):
     def features(self, x, batch_size=None):
         """The vectors that the head reads, in the order of the texts or rows of token ids: (N, D).
 
-        Of questions they are (W, T, D), of all their windows, T as long as the longest of them.
+        Of questions they are (W, T, D): the windows of all of them, T as long as the longest.
 
         Args:
             x: what `predict` takes.
