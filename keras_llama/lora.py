@@ -111,6 +111,8 @@ class Projection(keras.layers.Dense):
         return self._with_adapter(super().call(inputs, training=training), inputs, training)
 
     def quantized_call(self, inputs, training=None):
+        if getattr(self, f"is_{self.quantization_mode}_calibrated", True) is False:
+            return self.call(inputs)  # where Keras (3.15) looks at what comes in, and which it passes by in this mode
         return self._with_adapter(super().quantized_call(inputs, training=training), inputs, training)
 
     def _with_adapter(self, outputs, inputs, training):

@@ -226,3 +226,16 @@ def test_calibration_without_a_dataset_is_refused(make, texts):
     assert {layer.quantization_mode for _, layer in lm._projections()} == {None}
     with pytest.raises(ValueError, match="GPTQConfig"):
         lm.quantize("gptq")
+
+
+@pytest.mark.plain
+def test_a_calibration_goes_by_what_the_texts_put_in(make_backbone):
+    models = {}
+    for kind in CALIBRATED:
+        models[kind] = keras_llama.LlamaCausalLM(make_backbone())
+        models[kind].quantize(config=CALIBRATED[kind](list(IDS)))
+    queries = {kind: model.backbone.blocks[0].attention.query for kind, model in models.items()}
+    scales = keras.ops.convert_to_numpy(queries["awq"].awq_scales)
+    assert np.ptp(scales) > 1e-3  # all are 1 where nothing was seen
+    kernels = [keras.ops.convert_to_numpy(query.quantized_kernel) for query in queries.values()]
+    assert (kernels[0] != kernels[1]).any()
