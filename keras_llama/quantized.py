@@ -78,7 +78,7 @@ class Quantizable(keras.Model):
             config = self._calibration(config)
             quantized = f"{mode}/{config.weight_bits}/{config.group_size}"
         calibrated = [layer for _, layer in self._projections()] if mode in _CALIBRATED else []
-        with _as_before_unless_done(calibrated), warnings.catch_warnings():
+        with _as_before_unless_done(calibrated), backend.without_gradients(), warnings.catch_warnings():
             # Keras asks each layer, and most have nothing to quantise.
             warnings.filterwarnings("ignore", ".*does not have a `quantize` method")
             super().quantize(mode, config=config, filters=functools.partial(self._rounds, mode), **kwargs)

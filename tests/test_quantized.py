@@ -229,6 +229,23 @@ def test_calibration_without_a_dataset_is_refused(make, texts):
 
 
 @pytest.mark.plain
+@pytest.mark.parametrize("mode", CALIBRATED)
+def test_a_calibration_remembers_nothing_for_a_gradient(mode, make, monkeypatch):
+    if keras.config.backend() != "torch":
+        pytest.skip("only torch remembers what no tape is told of")
+    lm, call, seen = make("float32", lora=False), quantized._Alone.call, []
+
+    def watched(self, x):
+        seen.append(call(self, x))
+        return seen[-1]
+
+    monkeypatch.setattr(quantized._Alone, "call", watched)
+    lm.quantize(config=CALIBRATED[mode](list(IDS)))
+    assert seen
+    assert not any(hidden.requires_grad for hidden in seen)
+
+
+@pytest.mark.plain
 def test_a_calibration_goes_by_what_the_texts_put_in(make_backbone):
     models = {}
     for kind in CALIBRATED:

@@ -24,7 +24,14 @@ from keras_llama.backend.device import (
     set_random_states,
     with_float32_weights,
 )
-from keras_llama.backend.gradients import remat, remat_cheap, silu, softmax_error, with_gradients
+from keras_llama.backend.gradients import (
+    remat,
+    remat_cheap,
+    silu,
+    softmax_error,
+    with_gradients,
+    without_gradients,
+)
 from keras_llama.backend.listed import Flattened
 from keras_llama.backend.packing import copies_pay, multiply, packed
 from keras_llama.backend.streams import is_stream, source_of, stream
@@ -72,5 +79,6 @@ __all__ = [
     "traced",
     "with_float32_weights",
     "with_gradients",
+    "without_gradients",
     "write",
 ]

@@ -1,5 +1,6 @@
 """What is remembered for a gradient and what is computed again; each written for every backend."""
 
+import contextlib
 import functools
 
 import keras
@@ -52,6 +53,15 @@ def softmax_error(logits, targets, weights):
     entropy = (sums.log() + top - chosen)[:, 0]
     error = powers.mul_(weights[:, None] / sums)
     return entropy, error.scatter_add_(1, index, -weights[:, None]), hits
+
+
+def without_gradients():
+    """A scope in which torch, which else does so wherever weights are trained, remembers nothing for a gradient."""
+    if name() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
 
 
 def remat(function, variables=()):
