@@ -2,7 +2,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BACKENDS ?= tensorflow jax torch
-PYTEST_ARGS ?= -n auto
+PYTEST_ARGS ?= -n auto --dist worksteal
 VENV = .venv
 RUN = $(VENV)/bin/python
 export TF_CPP_MIN_LOG_LEVEL ?= 3

@@ -24,7 +24,7 @@ def trained(make, batch_size, epochs=2, idle=0, **options):
     return model, [ops.convert_to_numpy(v) for v in model.trainable_variables]
 
 
-@pytest.mark.parametrize("idle", [0, 2])
+@pytest.mark.parametrize("idle", [0, pytest.param(2, marks=pytest.mark.plain)])
 def test_steps_of_a_group_count_by_their_tokens(make_backbone, tmp_path, idle):
     _, expected = trained(make_backbone, 6, idle=idle)
     model, found = trained(make_backbone, 2, idle=idle, gradient_accumulation_steps=3)

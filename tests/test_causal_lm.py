@@ -84,6 +84,7 @@ def test_perplexity_is_exact_over_ragged_batches(make_backbone, rows, batch_size
     assert found["accuracy"] == pytest.approx(hits.mean(), rel=1e-6)
 
 
+@pytest.mark.plain
 def test_fit_learns_and_loss_by_name_is_the_same_loss(make_backbone):
     ids = np.tile(np.arange(1, 9), (8, 2))
     values = []

@@ -162,7 +162,7 @@ def test_merges_in_any_order(chat_tokenizer):
     generator = np.random.default_rng(0)
     merges = json.loads(chat_tokenizer.files["tokenizer.json"])["model"]["merges"]
     texts = ["a good film", "what is a film", "user assistant system", "很好的电影", "goodgoodfilm" * 3, "assist" * 9]
-    for _ in range(12):
+    for _ in range(4):
         python = changed(chat_tokenizer.files, model__merges=[merges[i] for i in generator.permutation(len(merges))])
         agree(python, Graph(tables(python)), texts)
     by_hand = [["a", "b"], ["a", "c"], ["ab", "ab"], ["ab", "a"], ["abab", "a"], ["aba", "b"], ["b", "a"], ["a", "ab"]]
@@ -170,7 +170,7 @@ def test_merges_in_any_order(chat_tokenizer):
     for token in ("".join(pair) for pair in by_hand):
         vocabulary.setdefault(token, len(vocabulary))
     texts = ["".join(generator.choice([*"abc"], 30, p=[0.45, 0.45, 0.1])) for _ in range(40)]
-    for _ in range(12):
+    for _ in range(4):
         order = [by_hand[i] for i in generator.permutation(len(by_hand))]
         python = changed(chat_tokenizer.files, model__merges=order, model__vocab=vocabulary)
         agree(python, Graph(tables(python)), texts)

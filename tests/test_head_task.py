@@ -67,7 +67,8 @@ def test_the_backbone_is_computed_once(make, monkeypatch):
     assert len(asked) <= 3 * once  # one batch, which TensorFlow and JAX trace
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.plain)])
+@pytest.mark.plain
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_vectors_train_a_head_as_their_texts_do(make_backbone, dtype):
     models = [keras_llama.LlamaTextClassifier(make_backbone(dtype=dtype), num_classes=3) for _ in range(2)]
     for model in models:

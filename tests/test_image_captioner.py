@@ -282,6 +282,7 @@ def test_files_bring_it_back_in_a_fresh_process(trained, tmp_path, run_python):
         keras_llama.LlamaImageCaptioner.from_preset(tmp_path / "b")
 
 
+@pytest.mark.plain
 def test_a_transformer_and_a_tied_head_come_back_too(tokenizer, tmp_path):
     encoder = keras_llama.vit_encoder(16, 8, width=8, num_layers=1, num_heads=2)
     model = shaken(make(tokenizer, encoder, label_smoothing=0.1, backbone={"tie_word_embeddings": True}))

@@ -32,7 +32,11 @@ def step(make_backbone, inputs, dense=False, tied=True, smoothing=0.0, dtype="fl
 
 # Chunks of 7 tokens leave a rest; one of 10,000 holds all.
 JIT = keras.config.backend() != "torch"  # which compiles nothing here
-CASES = [(10_000, {}), (7, {"tied": False, "smoothing": 0.2}), (7, {"jit_compile": JIT})]
+CASES = [
+    pytest.param(10_000, {}, marks=pytest.mark.plain),
+    (7, {"tied": False, "smoothing": 0.2}),
+    (7, {"jit_compile": JIT}),
+]
 
 
 @pytest.mark.parametrize(("rows", "options"), CASES, ids=str)
@@ -48,6 +52,7 @@ def test_it_is_the_dense_loss_with_its_gradients(make_backbone, rng, monkeypatch
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-5)
 
 
+@pytest.mark.plain
 def test_so_it_is_of_an_encoder_decoder(rng, monkeypatch):
     """With weights of rows, padding on both sides and label smoothing."""
     monkeypatch.setattr(losses, "rows_of_chunk", lambda vocabulary: 7)
@@ -122,6 +127,7 @@ def test_tokens_of_weight_0_are_not_computed(rows, monkeypatch):
         assert not ops.convert_to_numpy(entropy)[1].any()
 
 
+@pytest.mark.plain
 def test_nothing_but_padding_has_no_loss(make_backbone):
     nothing = {"token_ids": np.ones((2, 3), int), "padding_mask": np.zeros((2, 3), int)}
     found, _, moved = step(make_backbone, nothing)
@@ -185,6 +191,7 @@ def test_a_batch_of_ones_own_needs_no_weights(make_backbone, rng):
     assert chunked == pytest.approx(model.test_on_batch(inputs, targets, return_dict=True), rel=1e-5)
 
 
+@pytest.mark.plain
 def test_predict_gives_logits_after_fit(make_backbone, rng):
     model = keras_llama.LlamaCausalLM(make_backbone())
     model.compile()

@@ -40,7 +40,7 @@ def one_step(make, tokenizer, *data, **options):
         pytest.param(
             language_model, ([{"prompt": text, "response": " it is"} for text in TEXTS],), marks=pytest.mark.plain
         ),
-        (translator, (TEXTS, TEXTS[::-1])),
+        pytest.param(translator, (TEXTS, TEXTS[::-1]), marks=pytest.mark.plain),
     ],
     ids=["texts", "dialogues", "pairs"],
 )

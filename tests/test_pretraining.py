@@ -165,6 +165,7 @@ def made(monkeypatch):
     return made
 
 
+@pytest.mark.plain
 def test_a_killed_training_ends_with_the_same_loss(stories, tmp_path, run_python, made):
     flags = ["--data", stories, "--steps", "8", "--save-every", "2"]
     flags += ["--jit", "off"] if keras.config.backend() == "tensorflow" else []  # XLA would compile three updates

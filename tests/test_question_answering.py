@@ -86,6 +86,7 @@ def test_columns_targets_apart_and_streams_train_alike(make):
     assert set(model.evaluate(Stream(), return_dict=True, verbose=0)) == {"loss", "accuracy"}
 
 
+@pytest.mark.plain
 def test_token_ids_with_places_as_targets(make_backbone, rng):
     """The answer is the tokens 7 to 8, wherever they stand; padding is no answer."""
     model = keras_llama.LlamaQuestionAnswering(make_backbone(causal=False))
@@ -360,6 +361,7 @@ def test_no_answer_where_its_probability_is_above_the_threshold(make):
     assert all(answer["text"] for answer in model.answer(["Who sat?"] * 2, [CAT, RIVER]))
 
 
+@pytest.mark.plain
 def test_saved_and_loaded_as_it_was(make, tmp_path):
     options = {"stride": 7, "max_answer_length": 9, "no_answer_threshold": 1.5, "dropout": 0.1}
     model = compiled(make(**options))
@@ -383,6 +385,7 @@ def test_saved_and_loaded_as_it_was(make, tmp_path):
 LONG = [*ROWS, {"question": "Who slept?", "context": f"{CAT} It rained. {CAT}", "answers": "A dog"}]  # several windows
 
 
+@pytest.mark.plain
 def test_a_head_on_states_computed_once_is_training_with_a_frozen_base(make, monkeypatch):
     alone, whole = make(length=40, stride=8), make(length=40, stride=8)
     whole.set_weights(alone.get_weights())
@@ -570,6 +573,7 @@ def test_overlap_is_new_on_a_language_model(make, tmp_path, capsys):
     assert keras.ops.convert_to_numpy(reader.get_layer("question_overlap").kernel).any()
 
 
+@pytest.mark.plain
 def test_overlap_is_trained_with_the_head(make, tmp_path):
     make(question_overlap=True).save_to_preset(tmp_path / "base")
     model, again = (

@@ -229,7 +229,8 @@ def test_starts_from_a_language_model(chat_lm, make_backbone, tied):
         keras_llama.LlamaSeq2SeqLM(backbone)
 
 
-@pytest.mark.parametrize("targets", [pytest.param("cross_attention/", marks=pytest.mark.plain), "all-linear"])
+@pytest.mark.plain
+@pytest.mark.parametrize("targets", ["cross_attention/", "all-linear"])
 def test_an_adapter_beside_both_halves(tokenizer, tmp_path, targets):
     """Trained, saved, written and read again, merged: the frozen base and the same numbers each time."""
     model, again = make(tokenizer), make(tokenizer)

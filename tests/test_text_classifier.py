@@ -192,7 +192,7 @@ def test_weights_of_rows_and_classes_count(make):
     assert [row["label"] for row in model.classify(TEXTS)] == ["bad"] * 24
 
 
-@pytest.mark.parametrize("problem", ["single", "multi"])
+@pytest.mark.parametrize("problem", ["single", pytest.param("multi", marks=pytest.mark.plain)])
 def test_r_drop_adds_how_far_two_passes_are_apart(make, problem):
     """What `fit` reports before its first step, of a model that a rate of 0 never moves."""
     weights = make(labels=["bad", "good"], problem_type=problem).get_weights()

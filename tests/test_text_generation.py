@@ -14,6 +14,7 @@ from keras_llama.heads.completion import Completion
 PROMPTS = ["a good film", "what", "很好的电影 user"]
 
 
+@pytest.mark.plain
 def test_strings_in_and_out(chat_lm):
     texts = chat_lm.generate(PROMPTS, 8, stop=None)
     assert all(text.startswith(prompt) and len(text) > len(prompt) for text, prompt in zip(texts, PROMPTS, strict=True))
@@ -110,6 +111,7 @@ def test_stops(chat_lm):
     assert chat_lm.generate(PROMPTS[0], 24, stop_token_ids=None, strip_prompt=True) == whole
 
 
+@pytest.mark.plain
 def test_defaults_come_from_the_generation_config(chat_lm):
     greedy = chat_lm.generate(PROMPTS, 12)
     chat_lm.generation_config |= {"do_sample": True, "temperature": 5.0, "top_k": 200, "max_new_tokens": 3}
