@@ -2,10 +2,11 @@
 
     python -m benchmarks.overhead [--dtypes mixed_bfloat16 bfloat16] [--lora 8] [--shapes 4x256] [--rounds 5]
 
-The steps are those of `benchmarks.train`. Products of matrices and fused attention are counted, by operation and dtype,
-but not computed: what they return is an array that nothing is written to. What is left, work on elements and on memory,
-a processor without arithmetic for bfloat16 does as any other, while a product takes it a hundred times as long as in
-float32. Of two engines with the same products the one that takes less besides is the faster at any rate of theirs.
+The steps are those of `benchmarks.train`, on a CPU. Products of matrices and fused attention are counted, by operation
+and dtype, but not computed: what they return is an array that nothing is written to. What is left, work on elements and
+on memory, a processor without arithmetic for bfloat16 does, too, while a product takes it a hundred times as long as in
+float32. Both engines pay for each operation's way through Python, some 20 microseconds, and neither for the first touch
+of what a product would have written. Ratios are those of each round, of which the median is told.
 """
 
 import argparse
@@ -20,43 +21,57 @@ from benchmarks.train import keras_engine, transformers_engine
 
 OURS, THEIRS = ENGINES = ("keras_llama/torch", "transformers/torch")
 STEPS = 2
+# Parts of the names of what computes products.
+PRODUCTS = ("mm", "mv", "attention", "linear", "matmul", "conv", "dot")
 
 
 def without_products(counts: Counter):
-    """A scope in which torch computes no product; `counts` gets their floating-point operations."""
+    """A scope in which torch computes no product on a CPU; `counts` gets how many and their floating-point operations.
+
+    Of attention these are those of all keys, also where it is causal and the kernel may leave some out.
+    """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
 
     aten = torch.ops.aten
+    attention = aten._scaled_dot_product_flash_attention_for_cpu.default
+    its_gradient = aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
-    def returned(kind, inputs):
-        """What a product gives, unfilled, and its operations; None of another operation."""
-        if kind in (aten.mm, aten.bmm, aten.addmm):
-            left, right = inputs[-2:]
-            return left.new_empty((*left.shape[:-1], right.shape[-1])), 2 * left.numel() * right.shape[-1]
-        if kind is aten._scaled_dot_product_flash_attention_for_cpu:
-            query, key, _ = inputs
-            scale = query.new_empty(query.shape[:-1], dtype=torch.float32)
-            return (torch.empty_like(query), scale), 4 * query.numel() * key.shape[-2]
-        if kind is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            _, query, key, *_ = inputs
-            return tuple(map(torch.empty_like, inputs[1:4])), 10 * query.numel() * key.shape[-2]
-        return None
+    def product(*inputs):
+        left, right = inputs[-2:]
+        return left.new_empty((*left.shape[:-1], right.shape[-1])), 2 * left.numel() * right.shape[-1]
+
+    def attended(query, key, value):
+        scale = query.new_empty(query.shape[:-1], dtype=torch.float32)
+        return (torch.empty_like(query), scale), 4 * query.numel() * key.shape[-2]
+
+    def attention_gradient(upstream, query, key, *_):
+        # The kernel writes (B, T, N, H), whatever the order of what comes in.
+        found = (torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype) for x in (query, key, key))
+        return tuple(found), 10 * query.numel() * key.shape[-2]
+
+    known = {kind.default: product for kind in (aten.mm, aten.bmm, aten.addmm)}
+    known |= {attention: attended, its_gradient: attention_gradient}
 
     class WithoutProducts(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            arrays = [x for x in args if isinstance(x, torch.Tensor)]
-            found = returned(function.overloadpacket, arrays)
-            if found is None:
+            counts["operations"] += 1
+            kind = str(function)
+            if function not in known:
+                if any(part in kind for part in PRODUCTS):
+                    raise NotImplementedError(f"{kind} is a product that this benchmark does not know.")
                 return function(*args, **(kwargs or {}))
-            counts[f"{function.overloadpacket} in {arrays[1].dtype}"] += found[1]
-            return found[0]
+            arrays = [x for x in args if isinstance(x, torch.Tensor)]
+            found, operations = known[function](*arrays)
+            causal = " causal" if any(x is True for x in args) else ""
+            counts[f"GFLOP of {kind}{causal} in {arrays[1].dtype}"] += operations / 1e9
+            return found
 
     return WithoutProducts()
 
 
 def child(name: str, dtype: str, batch: int, length: int, rank: int):
-    """The seconds of so many steps, and the operations of the products of one."""
+    """The seconds of so many steps, and what one of them counts."""
     import torch
 
     torch.set_flush_denormal(True)  # in arrays that nothing is written to there may be any numbers
@@ -83,7 +98,7 @@ def compare(dtype: str, batch: int, length: int, rank: int, rounds: int) -> None
         engine.ask(1)  # Keras goes through a model once more when it is built
         _, counts = engine.ask(STEPS)
         for kind, count in counts.items():
-            print(f"  {name:20}{count / 1e9:7.1f} GFLOP {kind}")
+            print(f"  {name:20}{count:8.1f} {kind}")
     for _ in range(rounds):
         for name, engine in engines.items():
             taken[name].append(engine.ask(STEPS)[0] / STEPS)

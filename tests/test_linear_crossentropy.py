@@ -127,7 +127,6 @@ def test_tokens_of_weight_0_are_not_computed(rows, monkeypatch):
         assert not ops.convert_to_numpy(entropy)[1].any()
 
 
-@pytest.mark.plain
 def test_nothing_but_padding_has_no_loss(make_backbone):
     nothing = {"token_ids": np.ones((2, 3), int), "padding_mask": np.zeros((2, 3), int)}
     found, _, moved = step(make_backbone, nothing)

@@ -194,7 +194,6 @@ def test_calibration_reads_texts_by_the_tokenizer_of_the_task(chat_lm, monkeypat
     assert [row.tolist() for row in rows] == [list(row) for row in wanted]
 
 
-@pytest.mark.plain
 def test_a_calibration_that_is_interrupted_leaves_the_model_as_it_was(make_backbone, monkeypatch, tmp_path):
     lm = keras_llama.LlamaCausalLM(make_backbone(num_layers=1))
     lm.compile(keras.optimizers.SGD(0.1))

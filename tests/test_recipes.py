@@ -153,7 +153,6 @@ def test_a_presets_own_labels_and_pooling_stay(tokenizer, make_backbone, tmp_pat
         classifiers.build(args, [], ["a", "b"])
 
 
-@pytest.mark.plain
 def test_pretrained_weights_are_each_classifiers_own(monkeypatch):
     """Arrays that two models share are gone, on JAX, when one of them is used."""
     args = classification.parser().parse_args([*FAST, "--pretrain-epochs", "1", "--ngram-count", "2"])

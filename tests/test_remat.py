@@ -60,7 +60,7 @@ def usual_step(make, jit_compile, *options):
     ("make", "jit_compile", "options"),
     [
         (decoder, "auto", {"attention_bias": True}),
-        pytest.param(decoder, "auto", {"dtype": "mixed_bfloat16"}, marks=pytest.mark.plain),
+        (decoder, "auto", {"dtype": "mixed_bfloat16"}),
         (decoder, True, {}),
         (encoder_decoder, "auto", {}),
         (adapted, "auto", {}),

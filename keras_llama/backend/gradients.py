@@ -56,7 +56,7 @@ def softmax_error(logits, targets, weights):
 
 
 def without_gradients():
-    """A scope in which torch, which else does so wherever weights are trained, remembers nothing for a gradient."""
+    """A scope in which torch remembers nothing for a gradient, as it else does wherever weights are trained."""
     if name() != "torch":
         return contextlib.nullcontext()
     import torch
