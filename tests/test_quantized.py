@@ -229,10 +229,9 @@ def test_calibration_without_a_dataset_is_refused(make, texts):
 
 
 @pytest.mark.plain
+@pytest.mark.skipif(keras.config.backend() != "torch", reason="only torch remembers what no tape is told of")
 @pytest.mark.parametrize("mode", CALIBRATED)
 def test_a_calibration_remembers_nothing_for_a_gradient(mode, make, monkeypatch):
-    if keras.config.backend() != "torch":
-        pytest.skip("only torch remembers what no tape is told of")
     lm, call, seen = make("float32", lora=False), quantized._Alone.call, []
 
     def watched(self, x):
