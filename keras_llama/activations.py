@@ -97,7 +97,7 @@ class Pass:
     def _inside(self, block: Any) -> int:
         """What the inside of a block keeps."""
         layers = [layer for group in block.projections for layer in group]
-        attention = self._attention(block.attention, self.length) + self._rotations()
+        attention = self._attention(block.attention, self.length)
         if block.cross_attention is not None:
             attention += self._attention(block.cross_attention, self.source)
         return self._norms(block) + attention + self._mlp(block.mlp) + self._casts(layers)
@@ -111,10 +111,6 @@ class Pass:
         # The input and, for the scale, the normed one, in float32.
         return parts * REAL * width * (1 + bool(block.mlp_norm.trainable_variables)) + dropped
 
-    def _rotations(self) -> int:
-        """cos and sin, for queries and keys; elsewhere they are computed again."""
-        return REAL * 4 * self.config.head_dim * self.tokens * (backend.name() == "torch")
-
     def _attention(self, attention: Any, seen: int) -> int:
         """Of attention to `seen` tokens a row."""
         config, wide, keys = self.config, width_of(self.dtype), self.rows * seen
@@ -124,9 +120,10 @@ class Pass:
         read += sum(self._read(layers, 0, keys) for layers in source)  # kept once for all blocks, by the other stack
         if backend.name() != "torch":  # the weights are computed again
             return read + wide * (query_width * self.tokens + 2 * key_width * keys)
-        # The fused kernel keeps query, key and value, repeated for each query head, its result, the logarithm of its
-        # sums, and a mask of its own.
-        heads = 2 * wide * query_width * (self.tokens + keys)
+        # The fused kernel keeps query, key and value, its result, the logarithm of its sums, and, of a batch with
+        # padding, a mask of its own.
+        repeated = query_width if backend.repeats_keys(self.rows * config.num_key_value_heads) else key_width
+        heads = 2 * wide * (query_width * self.tokens + repeated * keys)
         return read + heads + self.tokens * (REAL * config.num_query_heads + wide * seen)
 
     def _mlp(self, mlp: Any) -> int:

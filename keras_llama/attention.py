@@ -94,16 +94,13 @@ def attend_to_first(query, key, value, mask, count):
 
 
 def _fused(query, key, value, mask):
-    """`attend` by the kernel, which repeats each key for the query heads of its group where there are several."""
+    """`attend` by the kernel."""
     rows, length, heads, width = ops.shape(query)
-    groups = key.shape[1]
     if length == 1:  # then the group's queries go as so many queries of one head, and no key is repeated
-        query = ops.transpose(ops.reshape(query, (rows, groups, heads // groups, width)), (0, 2, 1, 3))
-    elif groups == 1:  # Keras' torch kernel groups any number of key/value heads but one
-        key, value = (ops.repeat(x, heads, axis=1) for x in (key, value))
-    key, value = (ops.transpose(x, (0, 2, 1, 3)) for x in (key, value))
-    found = ops.dot_product_attention(query, key, value, mask=ops.expand_dims(mask, 1))
-    return ops.reshape(ops.transpose(found, (0, 2, 1, 3)), (rows, 1, heads, width)) if length == 1 else found
+        groups = key.shape[1]
+        query = ops.reshape(query, (rows, groups, heads // groups, width))
+        return ops.reshape(backend.fused_attention(query, key, value, mask), (rows, 1, heads, width))
+    return ops.transpose(backend.fused_attention(ops.transpose(query, (0, 2, 1, 3)), key, value, mask), (0, 2, 1, 3))
 
 
 def _plain(query, key, value, mask):

@@ -391,14 +391,17 @@ class LlamaBlock(keras.layers.Layer):
         def mixed(x):
             return self.mlp(normed(self.mlp_norm, x), training=training)
 
+        def dropped(x):
+            return self.dropout(x, training=training) if self.dropout.rate else x  # a layer's call is not free
+
         again = self.remat and training
         # Dropout draws random numbers, so that it stays outside of what is computed twice.
         part, pair = self._run(again, attended, self.attention_norm, self.attention)(x, cos, sin, mask)
-        x = x + self.dropout(part)
+        x = x + dropped(part)
         if self.cross_attention is not None:
             part = self._run(again, crossed, self.cross_attention_norm, self.cross_attention)(x, memory, memory_mask)
-            x = x + self.dropout(part)
-        return x + self.dropout(self._run(again, mixed, self.mlp_norm, self.mlp)(x)), pair
+            x = x + dropped(part)
+        return x + dropped(self._run(again, mixed, self.mlp_norm, self.mlp)(x)), pair
 
     @property
     def projections(self):

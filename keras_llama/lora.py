@@ -37,7 +37,7 @@ class LoraAdapter(keras.layers.Layer):
         self.b = self.add_weight(shape=(self.rank, self.units), initializer="zeros", name="lora_b")
 
     def call(self, x, training=None):
-        dropped = self.dropout(x, training=training)
+        dropped = self.dropout(x, training=training) if self.rate else x
         return ops.matmul(ops.matmul(dropped, self.a), self.b) * (self.alpha / self.rank)
 
     def delta(self):

@@ -122,20 +122,17 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, wanted):
     def chunk(i, loss, entropies, rights, *gradients):
         place = i * rows
         some, target, weight = (backend.columns(x, place, rows)[0] for x in (hidden, targets, share))
-        logits = ops.cast(ops.matmul(some, ops.transpose(multiplier)), "float32")
+        logits = ops.matmul(some, ops.transpose(multiplier))
         spread = 0.0
-        if smoothing:
-            chosen = ops.squeeze(ops.take_along_axis(logits, target[:, None], axis=-1), -1)
-            spread = smoothing * (chosen - ops.mean(logits, axis=-1))
-        entropy, error, hits = backend.softmax_error(logits, target, weight)
+        if smoothing:  # first, for torch writes over the logits
+            wide = ops.cast(logits, "float32")
+            chosen = ops.squeeze(ops.take_along_axis(wide, target[:, None], axis=-1), -1)
+            spread = smoothing * (chosen - ops.mean(wide, axis=-1))
+        entropy, error, hits = backend.softmax_error(logits, target, weight, smoothing)
         right = ops.cast(hits, "float32")
         scores = (backend.write(x, new[None], place) for x, new in ((entropies, entropy), (rights, right)))
         loss += ops.sum(weight * (entropy + spread))
         if wanted:
-            if smoothing:
-                even = ops.one_hot(target, vocabulary, dtype="float32") - 1 / vocabulary
-                error += smoothing * weight[:, None] * even
-            error = ops.cast(error, some.dtype)
             by_hidden, *by_kernel = gradients
             by_row = ops.cast(ops.matmul(error, multiplier), "float32")
             by_kernel = [

@@ -61,7 +61,7 @@ _PROGRAM = {
 }
 # Copies of a chunk's logits that the loss holds at a time, and of the head's kernel: its gradient, the sums of that,
 # transpositions.
-_LOSS = {"torch": (2, 2), "jax": (3, 4), "tensorflow": (3, 2)}
+_LOSS = {"torch": (1, 2), "jax": (3, 4), "tensorflow": (3, 2)}
 # Arrays (B, N, T, T) where attention is no fused kernel: XLA makes zeros and masks of that size for all blocks at once
 # and keeps them; in the backward pass there are weights, their gradients and what is between. (always, at most)
 _SCORES = {"torch": (0, 0), "jax": (3, 8), "tensorflow": (0, 3)}
@@ -221,14 +221,14 @@ class _Step:
             return self.kept
         vocabulary, width = self.config.vocabulary_size, self.config.hidden_dim
         chunks = -(-self.tokens // rows_of_chunk(vocabulary))
-        logits = REAL * -(-self.tokens // chunks) * vocabulary
+        logits = -(-self.tokens // chunks) * vocabulary
+        copies, heads = _LOSS[self.name]
         if self.task.quantized or (self.task.compiled and not self.task.chunked):
-            logits = REAL * self.tokens * vocabulary
+            logits, copies = self.tokens * vocabulary, max(copies, 2)  # held as a whole, and their gradient
         head = REAL * vocabulary * width
         hidden = 4 * REAL * self.tokens * width  # in the order of the chunks, twice, and their gradients
         found = bool(self.task._to_logits.trainable_variables)
-        copies, heads = _LOSS[self.name]
-        return self.kept + self._masks() + copies * logits + heads * head * found + hidden
+        return self.kept + self._masks() + REAL * copies * logits + heads * head * found + hidden
 
     def _backward(self) -> int:
         """While the first of the blocks that are gone through again is: what is kept falls as gradients rise."""

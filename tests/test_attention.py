@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from keras import ops
 
+import keras_llama
 from keras_llama import backend
 from keras_llama.attention import attend, attend_to_first, not_later, positions, same_segment
 
-RIGHT, LEFT, PACKED = [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 2, 2, 2]
+RIGHT, LEFT, PACKED, FULL = [1, 1, 1, 0, 0], [0, 0, 1, 1, 1], [1, 1, 2, 2, 2], [1, 1, 1, 1, 1]
+torch_alone = pytest.mark.skipif(keras.config.backend() != "torch", reason="a kernel of torch's")
 
 
 def seen_by(mask, index=0, length=None):
@@ -53,13 +55,71 @@ def numpy_attention(query, key, value, mask):
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("mask", [[RIGHT, LEFT], [PACKED, RIGHT]])
+@pytest.mark.parametrize("mask", [[RIGHT, LEFT], [PACKED, RIGHT], [FULL, FULL]])
 def test_attention_is_the_formula(rng, kv_heads, mask):
     query = rng.normal(size=(2, 5, 4, 8)).astype("float32")
     key, value = rng.normal(size=(2, 2, kv_heads, 5, 8)).astype("float32")
     mask = ops.convert_to_numpy(seen_by(mask))
     found = attend(*(ops.convert_to_tensor(x) for x in (query, key, value, mask)))
     np.testing.assert_allclose(ops.convert_to_numpy(found), numpy_attention(query, key, value, mask), atol=1e-5)
+
+
+@torch_alone
+@pytest.mark.parametrize("threads", [1, 50])
+@pytest.mark.parametrize("mask", [[RIGHT, LEFT], [FULL, FULL]])
+def test_on_torch_keys_are_repeated_where_there_are_too_few_for_its_threads(rng, monkeypatch, threads, mask):
+    import torch
+
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    calls = calls_of_the_kernel(monkeypatch)
+    query = rng.normal(size=(2, 5, 4, 8)).astype("float32")
+    key, value = rng.normal(size=(2, 2, 2, 5, 8)).astype("float32")
+    mask = ops.convert_to_numpy(seen_by(mask))
+    arrays = [torch.tensor(x, requires_grad=True) for x in (query, key, value)]
+    found = attend(*arrays, ops.convert_to_tensor(mask))
+    assert calls[0]["enable_gqa"] == (threads == 1)
+    np.testing.assert_allclose(found.detach(), numpy_attention(query, key, value, mask), atol=1e-5)
+
+    scores = torch.einsum("btnh,bnsh->bnts", arrays[0], arrays[1].repeat_interleave(2, dim=1)) / 8**0.5
+    shares = torch.softmax(scores.masked_fill(~torch.tensor(mask)[:, None], -torch.inf), dim=-1)
+    expected = torch.einsum("bnts,bnsh->btnh", shares, arrays[2].repeat_interleave(2, dim=1))
+    weights = torch.tensor(rng.normal(size=query.shape), dtype=torch.float32)
+    pairs = zip(*(torch.autograd.grad((x * weights).sum(), arrays) for x in (found, expected)), strict=True)
+    for one, other in pairs:
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@torch_alone
+@pytest.mark.parametrize(
+    ("padding_mask", "causal", "expected"),
+    [
+        ([FULL, FULL], True, True),
+        ([FULL, FULL], False, False),
+        ([FULL, RIGHT], True, False),
+        ([LEFT, FULL], True, False),
+        ([PACKED], True, False),
+    ],
+)
+def test_on_torch_a_batch_without_padding_takes_the_causal_kernel(monkeypatch, padding_mask, causal, expected):
+    """Which skips half of the products, and on a GPU is the fastest."""
+    backbone = keras_llama.LlamaBackbone(vocabulary_size=9, **keras_llama.size("tiny"), causal=causal)
+    calls = calls_of_the_kernel(monkeypatch)
+    padding_mask = np.array(padding_mask)
+    backbone({"token_ids": np.ones_like(padding_mask), "padding_mask": padding_mask})
+    assert [call["is_causal"] for call in calls] == [expected] * len(backbone.blocks)
+    assert all((call["attn_mask"] is None) == expected for call in calls)
+
+
+def calls_of_the_kernel(monkeypatch):
+    import torch
+
+    calls, kernel = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *arrays, **options: calls.append(options) or kernel(*arrays, **options),
+    )
+    return calls
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

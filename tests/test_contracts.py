@@ -24,6 +24,7 @@ ORDER = [
     "backend.compiled",
     "backend.listed",
     "backend.gradients",
+    "backend.kernels",
     "backend.packing",
     "backend.streams",
     "backend.updates",

@@ -6,7 +6,7 @@ import pytest
 from keras import ops
 
 import keras_llama
-from keras_llama import losses
+from keras_llama import backend, losses
 from keras_llama.losses import Perplexity, TokenAccuracy, TokenCrossentropy, linear_crossentropy
 
 
@@ -125,6 +125,29 @@ def test_tokens_of_weight_0_are_not_computed(rows, monkeypatch):
         _, entropy, _ = linear_crossentropy(*map(ops.convert_to_tensor, arrays), training=training)
         np.testing.assert_allclose(entropy[0], np.log(3 + np.exp(-1)), rtol=1e-6)
         assert not ops.convert_to_numpy(entropy)[1].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_by_logits_is_the_formula(rng, dtype):
+    """Of a vocabulary of which torch computes four rows at a time, on a CPU."""
+    logits = rng.normal(size=(10, 2**18)).astype("float32")
+    targets, weights, smoothing = rng.integers(0, 2**18, 10), np.linspace(0.1, 1, 10, dtype="float32"), 0.2
+    targets[3] = logits[3].argmax()
+    given = ops.cast(ops.convert_to_tensor(logits), dtype)
+    logits = ops.convert_to_numpy(ops.cast(given, "float32")).astype("float64")  # torch writes over what is given
+    entropy, error, hits = backend.softmax_error(
+        given, ops.cast(targets, "int32"), ops.cast(weights, dtype="float32"), smoothing
+    )
+    assert keras.backend.standardize_dtype(error.dtype) == dtype
+    logarithms = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    np.testing.assert_allclose(entropy, -logarithms[np.arange(10), targets], rtol=1e-5)
+    assert ops.convert_to_numpy(hits).tolist() == (logits.argmax(-1) == targets).tolist()
+    expected = np.exp(logarithms) - smoothing / 2**18
+    expected[np.arange(10), targets] -= 1 - smoothing
+    found = ops.convert_to_numpy(ops.cast(error, "float32"))
+    np.testing.assert_allclose(
+        found, expected * weights[:, None], rtol={"float32": 1e-4, "bfloat16": 2**-8}[dtype], atol=1e-9
+    )
 
 
 def test_nothing_but_padding_has_no_loss(make_backbone):

@@ -14,7 +14,6 @@ from keras_llama.backend.device import (
     devices,
     fastest_precision,
     free_memory,
-    fuses_attention,
     has_gpu,
     has_replicas,
     name,
@@ -32,6 +31,7 @@ from keras_llama.backend.gradients import (
     with_gradients,
     without_gradients,
 )
+from keras_llama.backend.kernels import fused_attention, fuses_attention, repeats_keys
 from keras_llama.backend.listed import Flattened
 from keras_llama.backend.packing import copies_pay, multiply, packed
 from keras_llama.backend.streams import is_stream, source_of, stream
@@ -52,6 +52,7 @@ __all__ = [
     "fastest_precision",
     "find_weights",
     "free_memory",
+    "fused_attention",
     "fuses_attention",
     "has_branches",
     "has_gpu",
@@ -69,6 +70,7 @@ __all__ = [
     "remat",
     "remat_cheap",
     "repeat",
+    "repeats_keys",
     "resolve_jit",
     "set_memory_growth",
     "set_random_states",

@@ -88,11 +88,6 @@ def set_memory_growth() -> None:
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
-def fuses_attention() -> bool:
-    """Whether Keras' attention is a fused kernel; else it is plain products, which repeat keys for each query head."""
-    return name() == "torch" or (name() == "jax" and has_gpu())
-
-
 def with_float32_weights(policy: keras.DTypePolicy) -> str:
     """The dtype policy that computes as `policy` does, on weights in float32, which training moves by small steps."""
     computed = policy.compute_dtype

@@ -17,42 +17,62 @@ def silu(x):
     return x * keras.ops.sigmoid(x) if name() == "tensorflow" else keras.ops.silu(x)
 
 
-def softmax_error(logits, targets, weights):
-    """Cross-entropy of float32 logits (R, V) against ids (R,), its gradient, and hits (R,).
+def softmax_error(logits, targets, weights, smoothing=0.0):
+    """Cross-entropy of logits (R, V) against ids (R,), its gradient, and hits (R,).
 
-    The gradient is (softmax - one-hot) times float32 weights (R,), (R, V). By the fewest passes over the logits; torch
-    writes it over them: an array of that size is filled faster than the system hands out a new one.
+    The gradient, (R, V) in the logits' dtype, is (softmax - one-hot) times float32 weights (R,); a share `smoothing` of
+    the one-hot is spread evenly, for the gradient alone. Computed in float32, by the fewest passes over memory.
     """
     if name() == "tensorflow":
         import tensorflow as tf
 
         # A fourth of the time that TensorFlow's own cross-entropy takes on a CPU.
         best = tf.argmax(logits, axis=-1, output_type="int32")
-        shares = tf.nn.softmax(logits)
+        shares = tf.nn.softmax(tf.cast(logits, "float32"))
         top, chosen, largest = (
-            tf.gather(x, i, batch_dims=1) for x, i in ((logits, best), (logits, targets), (shares, best))
+            tf.cast(tf.gather(x, i, batch_dims=1), "float32")
+            for x, i in ((logits, best), (logits, targets), (shares, best))
         )
         places = tf.stack([tf.range(tf.shape(targets)[0]), targets], axis=1)
-        error = tf.tensor_scatter_nd_sub(shares, places, tf.ones_like(chosen)) * weights[:, None]
-        return top - tf.math.log(largest) - chosen, error, tf.equal(best, targets)  # the largest share is 1 / sum
+        error = tf.tensor_scatter_nd_sub(shares, places, tf.fill(tf.shape(targets), 1 - smoothing))
+        error = (error - smoothing / logits.shape[-1] if smoothing else error) * weights[:, None]
+        # The largest share is 1 / sum.
+        return top - tf.math.log(largest) - chosen, tf.cast(error, logits.dtype), tf.equal(best, targets)
     if name() == "jax":
         import jax
 
-        total = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        wide = logits.astype("float32")
+        total = jax.nn.logsumexp(wide, axis=-1, keepdims=True)
         target = jax.nn.one_hot(targets, logits.shape[-1], dtype="bool")
-        chosen = jax.numpy.sum(jax.numpy.where(target, logits, 0.0), axis=-1)
+        chosen = jax.numpy.sum(jax.numpy.where(target, wide, 0.0), axis=-1)
         hits = jax.numpy.argmax(logits, axis=-1) == targets
-        return total[:, 0] - chosen, (jax.numpy.exp(logits - total) - target) * weights[:, None], hits
+        error = jax.numpy.exp(wide - total) - target * (1 - smoothing) - smoothing / logits.shape[-1]
+        return total[:, 0] - chosen, (error * weights[:, None]).astype(logits.dtype), hits
     import torch
 
-    index = targets[:, None].long()
-    hits = torch.argmax(logits, -1) == targets
-    top, chosen = torch.amax(logits, -1, keepdim=True), logits.gather(1, index)
-    powers = logits.sub_(top).exp_()
+    # A CPU fills rows that it holds in its caches faster than the system hands out a new array of the logits' size.
+    rows = max(1, 2**20 // logits.shape[-1]) if logits.device.type == "cpu" else len(logits)
+    pieces = zip(logits.split(rows), targets.split(rows), weights.split(rows), strict=True)
+    entropies, hits = zip(*(_softmax_error_in_place(*piece, smoothing) for piece in pieces), strict=True)
+    return torch.cat(entropies), logits, torch.cat(hits)
+
+
+def _softmax_error_in_place(logits, targets, weights, smoothing):
+    """`softmax_error` by torch, which writes the gradient over the logits."""
+    import torch
+
+    index, weights = targets[:, None].long(), weights[:, None]
+    wide = logits.float()
+    hits = torch.argmax(wide, -1) == targets
+    top, chosen = torch.amax(wide, -1, keepdim=True), wide.gather(1, index)
+    powers = wide.sub_(top).exp_()
     sums = powers.sum(-1, keepdim=True)
     entropy = (sums.log() + top - chosen)[:, 0]
-    error = powers.mul_(weights[:, None] / sums)
-    return entropy, error.scatter_add_(1, index, -weights[:, None]), hits
+    error = powers.mul_(weights / sums).scatter_add_(1, index, weights * (smoothing - 1))
+    if smoothing:
+        error.sub_(weights * (smoothing / logits.shape[-1]))
+    logits.copy_(error)
+    return entropy, hits
 
 
 def without_gradients():
