@@ -27,11 +27,11 @@ def softmax_error(logits, targets, weights, smoothing=0.0):
         import tensorflow as tf
 
         # A fourth of the time that TensorFlow's own cross-entropy takes on a CPU.
-        best = tf.argmax(logits, axis=-1, output_type="int32")
-        shares = tf.nn.softmax(tf.cast(logits, "float32"))
+        wide = tf.cast(logits, "float32")
+        best = tf.argmax(wide, axis=-1, output_type="int32")
+        shares = tf.nn.softmax(wide)
         top, chosen, largest = (
-            tf.cast(tf.gather(x, i, batch_dims=1), "float32")
-            for x, i in ((logits, best), (logits, targets), (shares, best))
+            tf.gather(x, i, batch_dims=1) for x, i in ((wide, best), (wide, targets), (shares, best))
         )
         places = tf.stack([tf.range(tf.shape(targets)[0]), targets], axis=1)
         error = tf.tensor_scatter_nd_sub(shares, places, tf.fill(tf.shape(targets), 1 - smoothing))
@@ -45,7 +45,7 @@ def softmax_error(logits, targets, weights, smoothing=0.0):
         total = jax.nn.logsumexp(wide, axis=-1, keepdims=True)
         target = jax.nn.one_hot(targets, logits.shape[-1], dtype="bool")
         chosen = jax.numpy.sum(jax.numpy.where(target, wide, 0.0), axis=-1)
-        hits = jax.numpy.argmax(logits, axis=-1) == targets
+        hits = jax.numpy.argmax(wide, axis=-1) == targets
         error = jax.numpy.exp(wide - total) - target * (1 - smoothing) - smoothing / logits.shape[-1]
         return total[:, 0] - chosen, (error * weights[:, None]).astype(logits.dtype), hits
     import torch
