@@ -97,7 +97,7 @@ class Pass:
     def _inside(self, block: Any) -> int:
         """What the inside of a block keeps."""
         layers = [layer for group in block.projections for layer in group]
-        attention = self._attention(block.attention, self.length)
+        attention = self._attention(block.attention, self.length) + self._rotations()
         if block.cross_attention is not None:
             attention += self._attention(block.cross_attention, self.source)
         return self._norms(block) + attention + self._mlp(block.mlp) + self._casts(layers)
@@ -110,6 +110,10 @@ class Pass:
             return parts * width_of(self.dtype) * width + dropped
         # The input and, for the scale, the normed one, in float32.
         return parts * REAL * width * (1 + bool(block.mlp_norm.trainable_variables)) + dropped
+
+    def _rotations(self) -> int:
+        """cos and sin, for queries and keys; elsewhere they are computed again."""
+        return REAL * 4 * self.config.head_dim * self.tokens * (backend.name() == "torch")
 
     def _attention(self, attention: Any, seen: int) -> int:
         """Of attention to `seen` tokens a row."""

@@ -68,7 +68,7 @@ def attend(query, key, value, mask, training=False):
     if recorded is not None:
         recorded.append(weights(ops.cast(query, "float32"), ops.cast(key, "float32"), mask))
     if backend.fuses_attention():
-        return _fused(query, key, value, mask)
+        return _fused(query, key, value, mask, training)
     summed = (backend.remat(_plain) if training else _plain)(query, key, value, mask)
     # Out here: the gradient of a `reshape` asks for the shape of what it was given, which would be computed again.
     rows, length, heads, width = ops.shape(query)
@@ -93,14 +93,15 @@ def attend_to_first(query, key, value, mask, count):
     return ops.switch(larger, [reading(size) for size in (*sizes, columns)], query, key, value, mask)
 
 
-def _fused(query, key, value, mask):
+def _fused(query, key, value, mask, training):
     """`attend` by the kernel."""
     rows, length, heads, width = ops.shape(query)
     if length == 1:  # then the group's queries go as so many queries of one head, and no key is repeated
         groups = key.shape[1]
         query = ops.reshape(query, (rows, groups, heads // groups, width))
-        return ops.reshape(backend.fused_attention(query, key, value, mask), (rows, 1, heads, width))
-    return ops.transpose(backend.fused_attention(ops.transpose(query, (0, 2, 1, 3)), key, value, mask), (0, 2, 1, 3))
+        return ops.reshape(backend.fused_attention(query, key, value, mask, training), (rows, 1, heads, width))
+    query = ops.transpose(query, (0, 2, 1, 3))
+    return ops.transpose(backend.fused_attention(query, key, value, mask, training), (0, 2, 1, 3))
 
 
 def _plain(query, key, value, mask):

@@ -125,9 +125,7 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, wanted):
         logits = ops.matmul(some, ops.transpose(multiplier))
         spread = 0.0
         if smoothing:  # first, for torch writes over the logits
-            wide = ops.cast(logits, "float32")
-            chosen = ops.squeeze(ops.take_along_axis(wide, target[:, None], axis=-1), -1)
-            spread = smoothing * (chosen - ops.mean(wide, axis=-1))
+            spread = smoothing * _above_mean(ops.cast(logits, "float32"), target)
         entropy, error, hits = backend.softmax_error(logits, target, weight, smoothing)
         right = ops.cast(hits, "float32")
         scores = (backend.write(x, new[None], place) for x, new in ((entropies, entropy), (rights, right)))
@@ -154,6 +152,11 @@ def _in_chunks(hidden, kernel, targets, share, smoothing, wanted):
     entropy, right, *by_hidden = (ops.take(x, place, axis=1) for x in arrays[: len(arrays) - len(parts)])
     by_kernel = [ops.concatenate(arrays[-len(parts) :])] if parts else []
     return loss, (entropy, right), (*by_hidden, *by_kernel)
+
+
+def _above_mean(logits, targets):
+    """By how much the logits of the targets (R,) are above the mean of theirs (R, V)."""
+    return ops.squeeze(ops.take_along_axis(logits, targets[:, None], axis=-1), -1) - ops.mean(logits, axis=-1)
 
 
 def token_metrics():

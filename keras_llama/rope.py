@@ -91,7 +91,7 @@ def rotate(x, cos, sin):
         x: queries or keys (B, T, N, H).
         cos, sin: float32 (B, T, H/2), from `rotary_angles`.
     """
-    cos, sin = ops.expand_dims(cos, 2), ops.expand_dims(sin, 2)
-    first, second = ops.split(ops.cast(x, "float32"), 2, axis=-1)
-    turned = ops.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return ops.cast(turned, x.dtype)
+    cos, sin = (ops.expand_dims(ops.concatenate(pair, axis=-1), 2) for pair in ((cos, cos), (-sin, sin)))
+    whole = ops.cast(x, "float32")
+    first, second = ops.split(whole, 2, axis=-1)
+    return ops.cast(whole * cos + ops.concatenate([second, first], axis=-1) * sin, x.dtype)

@@ -71,6 +71,7 @@ def test_on_torch_keys_are_repeated_where_there_are_too_few_for_its_threads(rng,
     import torch
 
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     calls = calls_of_the_kernel(monkeypatch)
     query = rng.normal(size=(2, 5, 4, 8)).astype("float32")
     key, value = rng.normal(size=(2, 2, 2, 5, 8)).astype("float32")
@@ -105,7 +106,7 @@ def test_on_torch_a_batch_without_padding_takes_the_causal_kernel(monkeypatch, p
     backbone = keras_llama.LlamaBackbone(vocabulary_size=9, **keras_llama.size("tiny"), causal=causal)
     calls = calls_of_the_kernel(monkeypatch)
     padding_mask = np.array(padding_mask)
-    backbone({"token_ids": np.ones_like(padding_mask), "padding_mask": padding_mask})
+    backbone({"token_ids": np.ones_like(padding_mask), "padding_mask": padding_mask}, training=True)
     assert [call["is_causal"] for call in calls] == [expected] * len(backbone.blocks)
     assert all((call["attn_mask"] is None) == expected for call in calls)
 

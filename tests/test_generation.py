@@ -237,8 +237,7 @@ def test_what_is_chosen_by_is_known_without_asking_the_device(models, monkeypatc
     asked, ask = [], torch.Tensor.__bool__
     monkeypatch.setattr(torch.Tensor, "__bool__", lambda tensor: asked.append(1) or ask(tensor))
     lm.generate(PROMPTS, 25, temperature=1.0, top_k=9, top_p=0.9, stop=None)
-    # At the start, of the prompts' mask, and whether all rows are done at every eighth step.
-    assert len(asked) <= 2 + 1 + 24 // 8
+    assert len(asked) <= 2 + 24 // 8  # at the start, and whether all rows are done at every eighth step
 
 
 @pytest.mark.skipif(keras.config.backend() != "torch", reason="the others compile")

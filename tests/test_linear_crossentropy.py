@@ -150,6 +150,12 @@ def test_the_gradient_by_logits_is_the_formula(rng, dtype):
     )
 
 
+def test_a_smoothing_may_be_an_integer():
+    hidden, kernel = ops.ones((1, 2, 3)), ops.ones((5, 3))
+    loss, *_ = linear_crossentropy(hidden, kernel, ops.ones((1, 2), "int32"), ops.ones((1, 2)), label_smoothing=0)
+    assert float(loss) == pytest.approx(np.log(5))
+
+
 def test_nothing_but_padding_has_no_loss(make_backbone):
     nothing = {"token_ids": np.ones((2, 3), int), "padding_mask": np.zeros((2, 3), int)}
     found, _, moved = step(make_backbone, nothing)

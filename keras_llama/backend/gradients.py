@@ -21,7 +21,8 @@ def softmax_error(logits, targets, weights, smoothing=0.0):
     """Cross-entropy of logits (R, V) against ids (R,), its gradient, and hits (R,).
 
     The gradient, (R, V) in the logits' dtype, is (softmax - one-hot) times float32 weights (R,); a share `smoothing` of
-    the one-hot is spread evenly, for the gradient alone. Computed in float32, by the fewest passes over memory.
+    the one-hot is spread evenly, for the gradient alone. Computed in float32, by the fewest passes over memory; torch
+    writes the gradient over the logits.
     """
     if name() == "tensorflow":
         import tensorflow as tf
@@ -34,7 +35,7 @@ def softmax_error(logits, targets, weights, smoothing=0.0):
             tf.gather(x, i, batch_dims=1) for x, i in ((wide, best), (wide, targets), (shares, best))
         )
         places = tf.stack([tf.range(tf.shape(targets)[0]), targets], axis=1)
-        error = tf.tensor_scatter_nd_sub(shares, places, tf.fill(tf.shape(targets), 1 - smoothing))
+        error = tf.tensor_scatter_nd_sub(shares, places, tf.fill(tf.shape(targets), 1.0 - smoothing))
         error = (error - smoothing / logits.shape[-1] if smoothing else error) * weights[:, None]
         # The largest share is 1 / sum.
         return top - tf.math.log(largest) - chosen, tf.cast(error, logits.dtype), tf.equal(best, targets)
@@ -58,7 +59,7 @@ def softmax_error(logits, targets, weights, smoothing=0.0):
 
 
 def _softmax_error_in_place(logits, targets, weights, smoothing):
-    """`softmax_error` by torch, which writes the gradient over the logits."""
+    """`softmax_error` by torch, but for the gradient, which the logits then hold."""
     import torch
 
     index, weights = targets[:, None].long(), weights[:, None]
