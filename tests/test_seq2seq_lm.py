@@ -367,3 +367,12 @@ def test_scores_are_metrics_of_an_epoch(trained, capsys):
     history = trained.fit(SOURCES, TARGETS, epochs=2, callbacks=[callback], verbose=0).history
     assert history["val_bleu"] == [pytest.approx(100)]  # after the second epoch
     assert "good day  ->  好日子" in capsys.readouterr().out
+
+
+@pytest.mark.plain
+def test_there_may_be_as_many_beams_as_a_source_has_columns():
+    """Then the mask of cross-attention is square, as one of self-attention is."""
+    backbone = keras_llama.LlamaSeq2SeqBackbone(vocabulary_size=60, **keras_llama.size("tiny"))
+    lm = keras_llama.LlamaSeq2SeqLM(backbone, generation_config={"decoder_start_token_id": 1})
+    source = [[5, 6, 7, 8, 9, 10, 11, 12]]
+    assert lm.generate(source, 6, num_beams=8)["token_ids"].shape[0] == 1
