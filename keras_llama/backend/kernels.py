@@ -13,7 +13,10 @@ def fuses_attention() -> bool:
 
 
 def fused_attention(query, key, value, mask, training=False):
-    """softmax(query key^T / sqrt(H)) value, of (B, N, T, H), (B, K, S, H) and a mask bool (B, T, S): (B, N, T, H)."""
+    """softmax(query key^T / sqrt(H)) value, of (B, N, T, H), (B, K, S, H) and a mask bool (B, T, S): (B, N, T, H).
+
+    In `training` torch leaves out a mask that is causal.
+    """
     if name() == "torch":
         return _fused_by_torch(query, key, value, mask, training)
     inputs = (keras.ops.transpose(x, (0, 2, 1, 3)) for x in (query, key, value))
